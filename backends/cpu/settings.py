@@ -1,0 +1,117 @@
+"""What the environment sets: `DSA_CPU_ENGINE` (onnx, numpy), `DSA_CPU_MEMORY` (bytes of scratch), `DSA_CPU_THREADS`."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any, Protocol, TypeAlias, TypeVar
+
+import numpy as np
+
+from dsa_portable.backend import Device
+from dsa_portable.errors import DeviceUnavailable, InvalidArgument
+
+Float32: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
+T = TypeVar("T")
+
+ENGINES = ("onnx", "numpy")
+DEFAULT_MEMORY = 1 << 30
+# One tile of keys with all its head scores must fit; below this no chunking helps.
+LEAST_MEMORY = 16 << 20
+
+
+class Engine(Protocol):
+    """The two float32 tiles that the operators are made of."""
+
+    threads_itself: bool  # True: its own library spreads a tile over the cores, so tiles run one after the other
+
+    def index_scores(self, q: Float32, k: Float32, weights: Float32, k_scale: Float32) -> Float32:
+        """scores[t,s] = k_scale[s] * sum_h weights[t,h] * relu(q[t,h,:] . k[s,:]) for q [rows, H, D] and k [keys, D]."""
+
+    def attend(self, q: Float32, kv: Float32, softmax_scale: float, value_dim: int) -> tuple[Float32, Float32]:
+        """(out [Hq, value_dim], lse [Hq]) of q [Hq, Dqk] over all of kv [keys, Dqk], keys >= 1."""
+
+
+def engine_name() -> str:
+    """`onnx` unless `DSA_CPU_ENGINE` says otherwise."""
+    name = os.environ.get("DSA_CPU_ENGINE") or "onnx"
+    if name not in ENGINES:
+        raise DeviceUnavailable(
+            f"DSA_CPU_ENGINE is {name!r}, but {' and '.join(ENGINES)} are engines; set one of them or unset it."
+        )
+    return name
+
+
+@cache
+def _load(name: str) -> Engine:
+    engine: Engine = import_module(f"dsa_portable.backends.cpu.{name}_engine").Engine()
+    return engine
+
+
+def engine() -> Engine:
+    """The engine in force; never another one than was asked for."""
+    return _load(engine_name())
+
+
+def threads() -> int:
+    """`DSA_CPU_THREADS`, or the cores this process may use."""
+    return _positive(
+        "DSA_CPU_THREADS", len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+
+
+def memory() -> int:
+    """`DSA_CPU_MEMORY` in bytes: scratch beyond inputs and results, 1 GiB by default."""
+    size = _positive("DSA_CPU_MEMORY", DEFAULT_MEMORY)
+    if size < LEAST_MEMORY:
+        raise InvalidArgument(f"DSA_CPU_MEMORY is {size} bytes, but at least {LEAST_MEMORY} are needed for one tile; raise it.")
+    return size
+
+
+def _positive(variable: str, default: int) -> int:
+    text = os.environ.get(variable) or str(default)
+    if not text.isdecimal() or int(text) < 1:
+        raise InvalidArgument(f"{variable} is {text!r}, but a whole number >= 1 is accepted; set one or unset it.")
+    return int(text)
+
+
+@cache
+def _pool(workers: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(workers, thread_name_prefix="dsa-cpu")
+
+
+def run_all(function: Callable[[T], None], tasks: Iterable[T], workers: int) -> None:
+    """Call function(task) for all tasks, `workers` at a time; the first exception is raised once all have ended."""
+    if workers == 1:
+        for task in tasks:
+            function(task)
+        return
+    futures = [_pool(workers).submit(function, task) for task in tasks]
+    errors = [error for error in (future.exception() for future in futures) if error is not None]
+    if errors:
+        raise errors[0]
+
+
+def probe() -> Device:
+    """This machine's processor and the engine that would run."""
+    name = engine_name()
+    packages = ("numpy", "ml_dtypes", *(("onnxruntime",) if name == "onnx" else ()))
+    for package in packages:
+        import_module(package)
+    versions = {"engine": name, "python": platform.python_version(), **{p: version(p) for p in packages}}
+    driver = f"{platform.system()} {platform.release()}"
+    return Device("cpu", _chip(), driver, 1, platform.machine(), versions)
+
+
+def _chip() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Hardware"))]
+    except OSError:
+        names = []
+    return (names or [platform.processor() or platform.machine()])[0]

@@ -1,0 +1,55 @@
+"""DeepSeek Sparse Attention, portable: two operators, one contract, many backends, and the suite that judges them.
+
+>>> indices = dsa_portable.lightning_index(q, k, weights, k_scale=k_scale, topk=2048)
+>>> out = dsa_portable.sparse_attend(q_absorbed, kv, indices, softmax_scale=192**-0.5)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+_here = Path(__file__).resolve().parent
+if (_here.parent / "backends" / "cpu").is_dir() and not (_here / "backends").is_dir():
+    # In a checkout `backends` and `conformance` stand beside this folder, not in it; the wheel maps them into it.
+    __path__.append(str(_here.parent))
+
+from dsa_portable.batch import Batch  # noqa: E402
+from dsa_portable.errors import (  # noqa: E402
+    BackendError,
+    BackendNotImportable,
+    DeviceUnavailable,
+    DSAError,
+    InvalidArgument,
+    UnknownBackend,
+    Unsupported,
+)
+from dsa_portable.ops import lightning_index, merge, sparse_attend  # noqa: E402
+from dsa_portable.registry import backends, use_backend  # noqa: E402
+
+__version__ = "0.1.0"
+
+
+def conformance(**options: Any) -> Any:
+    """Run the conformance suite and return its report; the arguments are those of `dsa_portable.conformance.run`."""
+    from dsa_portable.conformance import run
+
+    return run(**options)
+
+
+__all__ = [
+    "BackendError",
+    "BackendNotImportable",
+    "Batch",
+    "DSAError",
+    "DeviceUnavailable",
+    "InvalidArgument",
+    "UnknownBackend",
+    "Unsupported",
+    "backends",
+    "conformance",
+    "lightning_index",
+    "merge",
+    "sparse_attend",
+    "use_backend",
+]

@@ -1,0 +1,57 @@
+"""What a backend declares. There is no base class: a module holds one `Backend(...)` and an entry point names it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from dsa_portable.arrays import Array
+from dsa_portable.capability import Capabilities
+from dsa_portable.profile import Profile
+
+# The contract this package implements (docs/contract.md); a backend names the one it was written for.
+CONTRACT_VERSION = "1.0"
+
+
+@dataclass(frozen=True)
+class Device:
+    """The chip that a probe found; a probe that finds none raises DeviceUnavailable with the reason."""
+
+    kind: str  # where its arrays live, as in `Backend.devices`
+    chip: str
+    driver: str
+    count: int = 1
+    architecture: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One declaration. `operators` are "module:function" strings, so that declaring imports no SDK; each function takes an
+    IndexRequest or AttendRequest (dsa_portable.request) and returns its results as arrays, a tuple where there are two.
+
+    probe() imports the SDK (ImportError: it is missing) and returns the Device, or raises DeviceUnavailable.
+    capabilities(device) and profile(device, operator, format, phase) take None where no device is known yet.
+    put(numpy) -> array on the device; get(array) -> numpy; synchronize() waits for the device.
+    witness() -> a count of work that the chip has done; a run whose count stands still is not HARDWARE.
+    """
+
+    name: str
+    version: str
+    devices: tuple[str, ...]
+    arrays: Literal["numpy", "torch"]
+    operators: Mapping[str, str]
+    install: str
+    probe: Callable[[], Device]
+    capabilities: Callable[[Device | None], Capabilities]
+    profile: Callable[[Device | None, str, str, str], Profile]
+    put: Callable[[np.ndarray[Any, Any]], Array]
+    get: Callable[[Array], np.ndarray[Any, Any]]
+    synchronize: Callable[[], None] = lambda: None
+    witness: Callable[[], int] | None = None
+    auto: bool = True  # False: chosen by name only, as a generic backend must be
+    emulates: tuple[str, ...] = ()  # chips it can stand in for under `--emulate`
+    contract: str = CONTRACT_VERSION
