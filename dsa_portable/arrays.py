@@ -5,11 +5,15 @@ torch is never imported: a torch tensor can only reach us from a caller who has 
 
 from __future__ import annotations
 
+import operator
+import reprlib
 import sys
 from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
+
+from dsa_portable.errors import InvalidArgument
 
 # A NumPy array or a torch tensor; both have shape, dtype, ndim and indexing, and no type covers the two.
 Array: TypeAlias = Any
@@ -51,6 +55,11 @@ def device_name(array: Array) -> str:
     return str(array.device.type) if is_torch(array) else "cpu"
 
 
+def place(array: Array) -> str:
+    """The very device the array lives on: `cpu`, `cuda:1`, ..."""
+    return str(array.device) if is_torch(array) else "cpu"
+
+
 def on_host(array: Array) -> bool:
     """True where the host can read the array's values without a device synchronisation."""
     return device_name(array) == "cpu"
@@ -74,8 +83,10 @@ def to_numpy(array: Array) -> np.ndarray[Any, Any]:
 
 
 def from_numpy(array: np.ndarray[Any, Any]) -> Array:
-    """The same host memory as a torch tensor; torch must have been imported already."""
+    """The same host memory as a torch tensor; torch must have been imported already. Raises InvalidArgument for negative strides."""
     torch = sys.modules["torch"]
+    if any(stride < 0 for stride in array.strides):
+        raise InvalidArgument(f"an array, {describe(array)}, has a negative stride, which torch cannot share; pass a copy.")
     bits = _BITS.get(array.dtype.name)
     if bits is None:
         return torch.from_numpy(array)
@@ -94,8 +105,39 @@ def as_kind(array: Array, wanted: str) -> Array:
     return to_numpy(array) if wanted == "numpy" else from_numpy(array)
 
 
+def beside(array: Array, other: Array) -> Array:
+    """The array where `other` lives and of its kind: host memory is shared, or copied to a device, and never the other way round."""
+    if place(array) != place(other) and not on_host(array):
+        raise InvalidArgument(f"{describe(array)} meets {describe(other)}, but one device is accepted; move the second to the first.")
+    array = as_kind(array, kind(other))
+    return array.to(other.device) if is_torch(other) else array
+
+
+def cast(array: Array, dtype: str) -> Array:
+    """The array in another dtype, by the contract's name of it."""
+    return array.to(getattr(sys.modules["torch"], dtype)) if is_torch(array) else array.astype(NUMPY_DTYPES[dtype])
+
+
+def row_numbers(rows: int, other: Array) -> Array:
+    """int32 [rows], 0, 1, 2, ..., where `other` lives."""
+    if is_torch(other):
+        torch = sys.modules["torch"]
+        return torch.arange(rows, dtype=torch.int32, device=other.device)
+    return np.arange(rows, dtype=np.int32)
+
+
+def as_int(value: object) -> int | None:
+    """The integer that value is, NumPy's scalars included; None for a bool, an array (it may be on a device) or a fraction."""
+    if isinstance(value, bool) or is_array(value):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
 def describe(array: object) -> str:
     """`float32 [3, 4] on cpu`, for error messages."""
     if not is_array(array):
-        return f"{type(array).__name__} {array!r}"
-    return f"{dtype_name(array)} {list(array.shape)} on {device_name(array)}"  # type: ignore[attr-defined]
+        return f"{type(array).__name__} {reprlib.repr(array)}"
+    return f"{dtype_name(array)} {list(array.shape)} on {place(array)}"  # type: ignore[attr-defined]

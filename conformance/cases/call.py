@@ -1,0 +1,50 @@
+"""A case's inputs, made: the arrays and options of one call, the same bytes everywhere, with their sha256."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from dsa_portable.batch import ARRAYS as BATCH_ARRAYS
+from dsa_portable.batch import Batch
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an operator on NumPy arrays; `batch` holds Batch's arrays, `options` everything that is no array."""
+
+    operator: str
+    arrays: Mapping[str, Array]
+    batch: Mapping[str, Array]
+    options: Mapping[str, Any]
+    batch_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def sha256(self) -> str:
+        """Over every array's name, dtype, shape and bytes, and the options."""
+        digest = hashlib.sha256()
+        described = {"operator": self.operator, "options": dict(self.options), "batch": dict(self.batch_options)}
+        digest.update(json.dumps(described, sort_keys=True).encode())
+        for name, array in sorted({**self.arrays, **{f"batch.{n}": a for n, a in self.batch.items()}}.items()):
+            digest.update(f"{name} {array.dtype.name} {list(array.shape)}".encode())
+            digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        return digest.hexdigest()
+
+    def make_batch(self, put: Callable[[Array], Any] = lambda array: array) -> Batch:
+        """The Batch, its arrays where `put` puts them; the maxima come from the host's lengths."""
+        host = Batch(**self.batch, **self.batch_options)
+        arrays, integers = host.flatten()
+        return Batch.unflatten([None if a is None else put(a) for a in arrays], integers)
+
+    def on(self, put: Callable[[Array], Any]) -> Call:
+        """The same call with every array copied to a device (the batch's lengths stay on the host)."""
+        return Call(self.operator, {n: put(a) for n, a in self.arrays.items()}, self.batch, self.options, self.batch_options)
+
+    def __post_init__(self) -> None:
+        assert set(self.batch) <= set(BATCH_ARRAYS)
