@@ -83,7 +83,7 @@ def to_numpy(array: Array) -> np.ndarray[Any, Any]:
 
 
 def from_numpy(array: np.ndarray[Any, Any]) -> Array:
-    """The same host memory as a torch tensor; torch must have been imported already. Raises InvalidArgument for negative strides."""
+    """The same host memory as a torch tensor; torch is imported already. Raises InvalidArgument for negative strides."""
     torch = sys.modules["torch"]
     if any(stride < 0 for stride in array.strides):
         raise InvalidArgument(f"an array, {describe(array)}, has a negative stride, which torch cannot share; pass a copy.")
@@ -106,9 +106,11 @@ def as_kind(array: Array, wanted: str) -> Array:
 
 
 def beside(array: Array, other: Array) -> Array:
-    """The array where `other` lives and of its kind: host memory is shared, or copied to a device, and never the other way round."""
+    """The array where `other` lives and of its kind; host memory is shared or copied to a device, never the reverse."""
     if place(array) != place(other) and not on_host(array):
-        raise InvalidArgument(f"{describe(array)} meets {describe(other)}, but one device is accepted; move the second to the first.")
+        raise InvalidArgument(
+            f"{describe(array)} meets {describe(other)}, but one device is accepted; move the second to the first."
+        )
     array = as_kind(array, kind(other))
     return array.to(other.device) if is_torch(other) else array
 

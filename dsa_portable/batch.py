@@ -44,7 +44,9 @@ def _lengths(name: str, values: Sequence[int] | Int32) -> np.ndarray[Any, np.dty
     if lengths.ndim != 1 or (lengths.size and lengths.dtype.kind not in "iu"):
         raise InvalidArgument(f"Batch: {name} is {describe(values)}, but a sequence of integers is accepted, one per request.")
     if ((lengths < 0) | (lengths >= MAX_PLACES)).any():
-        raise InvalidArgument(f"Batch: {name} is {describe(values)}, but lengths in 0 .. 2^31 - 1 are accepted; split the batch.")
+        raise InvalidArgument(
+            f"Batch: {name} is {describe(lengths.tolist())}, but lengths in 0 .. 2^31 - 1 are accepted; pass counts."
+        )
     return lengths.astype(np.int64)
 
 
@@ -112,7 +114,7 @@ class Batch:
                 )
         if self.block_table is not None and self.block_table.shape[0] != requests:
             raise InvalidArgument(
-                f"Batch: block_table has {self.block_table.shape[0]} rows, but seqlens_k has {requests} requests; pass one each."
+                f"Batch: block_table has {self.block_table.shape[0]} rows, but there are {requests} requests; make them agree."
             )
         if self.block_table is not None and self.cu_seqlens_k is not None:
             raise InvalidArgument("Batch: both cu_seqlens_k and block_table were passed, but keys are flat or paged; pass one.")
@@ -120,8 +122,8 @@ class Batch:
             raise InvalidArgument("Batch: one of key_start and key_end was passed, but they come together; pass both.")
         if self.key_start is not None and self.key_end is not None and self.key_start.shape != self.key_end.shape:
             raise InvalidArgument(
-                f"Batch: key_start has {self.key_start.shape[0]} entries and key_end {self.key_end.shape[0]}, but one per row of "
-                "q is accepted; pass arrays that agree."
+                f"Batch: key_start has {self.key_start.shape[0]} entries and key_end {self.key_end.shape[0]}, but one per row "
+                "is accepted; make them agree."
             )
 
     def _check_integers(self) -> None:
@@ -138,7 +140,7 @@ class Batch:
             limit = as_int(getattr(self, name))
             if limit is None or limit < -1:
                 raise InvalidArgument(
-                    f"Batch: {name} is {getattr(self, name)!r}, but an int >= 0 is accepted, or -1 to find it from host lengths."
+                    f"Batch: {name} is {getattr(self, name)!r}, but an int >= 0 is accepted, or -1 to find it on the host."
                 )
             object.__setattr__(self, name, limit)
 
@@ -190,7 +192,8 @@ class Batch:
             sums = values.get(name)
             if sums is not None and (sums[0] != 0 or (sums[1:] < sums[:-1]).any()):
                 raise InvalidArgument(
-                    f"Batch: {name} is {describe(sums.tolist())}, but prefix sums that begin with 0 and never decrease are accepted."
+                    f"Batch: {name} is {describe(sums.tolist())}, but prefix sums that begin with 0 and never decrease are "
+                    "accepted; accumulate the lengths."
                 )
         seqlens_k = values.get("seqlens_k")
         if "cu_seqlens_q" in values:
@@ -198,7 +201,9 @@ class Batch:
         if seqlens_k is None:
             return
         if (seqlens_k < 0).any():
-            raise InvalidArgument(f"Batch: seqlens_k is {describe(seqlens_k.tolist())}, but lengths >= 0 are accepted.")
+            raise InvalidArgument(
+                f"Batch: seqlens_k is {describe(seqlens_k.tolist())}, but lengths >= 0 are accepted; pass counts."
+            )
         self._check_maximum("max_seqlen_k", seqlens_k)
         room = np.diff(values["cu_seqlens_k"]) if "cu_seqlens_k" in values else seqlens_k
         if (seqlens_k > room).any():
@@ -308,7 +313,7 @@ class Batch:
             raise InvalidArgument(f"Batch: indices is {describe(indices)}, but int32 [Tq, topk] is accepted; convert it.")
 
     def to_flat(self, indices: Array) -> Array:
-        """Positions in the request, int32 [Tq, topk] -> rows of a flat k (FlashMLA prefill's index space), -1 where not valid."""
+        """Positions in the request, int32 [Tq, topk] -> rows of a flat k (as FlashMLA prefill has them), -1 where not valid."""
         self._check_indices(indices)
         if self.cu_seqlens_k is None:
             raise InvalidArgument("Batch: its keys are paged, but flat rows were asked for; use to_slots().")
@@ -316,7 +321,10 @@ class Batch:
         return namespace(indices).where(valid, position + beside(self.cu_seqlens_k, owner)[owner], -1)
 
     def to_slots(self, indices: Array) -> Array:
-        """Positions in the request, int32 [Tq, topk] -> page * page_size + offset (FlashMLA decode, SGLang), -1 where not valid."""
+        """Positions in the request, int32 [Tq, topk] -> page * page_size + offset, -1 where not valid.
+
+        These slots are what FlashMLA decode and SGLang take.
+        """
         self._check_indices(indices)
         size, table, xp = self._page_size, self.block_table, namespace(indices)
         valid, owner, position = self._resolve(indices, indices)
@@ -344,7 +352,9 @@ class Batch:
         self._check_indices(indices)
         size, values = self._page_size, self._read(device_too=False)
         if not on_host(indices) or not {"cu_seqlens_q", "seqlens_k", "block_table"} <= set(values):
-            raise InvalidArgument("Batch: from_slots searches the block table on the host; pass indices and a Batch that live there.")
+            raise InvalidArgument(
+                "Batch: from_slots searches the block table on the host; pass indices and a Batch that live there."
+            )
         slots, owner = to_numpy(indices), to_numpy(self.request_of_row(indices.shape[0]))
         result = np.full(slots.shape, -1, np.int32)
         for r, seqlen in enumerate(values["seqlens_k"].tolist()):

@@ -1,4 +1,4 @@
-"""`dsa_portable.backends` and `dsa_portable.conformance` are folders and functions at once: importing the folder must not lose the call.
+"""`dsa_portable.backends` and `dsa_portable.conformance` are folders and functions at once; an import must not lose the call.
 
 Python binds an imported subpackage over any function of the same name in the parent, so the subpackage answers the call itself.
 """

@@ -105,7 +105,8 @@ def require(request: Request, capabilities: Capabilities, backend: str) -> None:
     asked = feature.name if value is True else f"{feature.name} = {value!r}"
     choice = f"it offers {offered!r}" if offered and value is not True else f"it does not declare '{feature.name}'"
     raise Unsupported(
-        f"backend '{backend}' does not offer {asked} ({feature.doc}) for {request.operator}: {choice}; change the call or the backend.",
+        f"backend '{backend}' does not offer {asked} ({feature.doc}) for {request.operator}: {choice}; change the call or the "
+        "backend.",
         feature.name,
     )
 

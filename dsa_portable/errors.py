@@ -1,4 +1,4 @@
-"""Every way the library says no: a mistake in the call, something a backend does not offer, and three kinds of missing backend."""
+"""Every way the library says no: a mistake in the call, a feature that a backend lacks, and three kinds of missing backend."""
 
 from __future__ import annotations
 
@@ -29,6 +29,11 @@ class UnknownBackend(BackendError, LookupError):
 
 class BackendNotImportable(BackendError, ImportError):
     """The backend is registered, but its SDK cannot be imported; the message holds the command that cures it."""
+
+    @classmethod
+    def because(cls, name: str, cause: Exception, cure: str) -> BackendNotImportable:
+        """The error for a cause that is raised `from`, with the command that cures it."""
+        return cls(f"backend {name!r} cannot be imported ({type(cause).__name__}: {cause}); run: {cure}")
 
 
 class DeviceUnavailable(BackendError, RuntimeError):

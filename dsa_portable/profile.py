@@ -1,4 +1,4 @@
-"""How a backend computes, as data: the suite derives every error bound from this declaration, and a wider one is visible, not free.
+"""How a backend computes, as data: the suite derives its error bounds from this declaration, and a wider one is visible.
 
 A profile must lie in a named envelope (`exact`, `reduced`, `bf16-logits`); outside all of them no level is granted.
 """

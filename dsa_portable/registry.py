@@ -6,26 +6,24 @@ Built-in backends and anybody else's come through one mechanism, the entry-point
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from importlib import import_module
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from dsa_portable import errors
 from dsa_portable.backend import CONTRACT_VERSION, Backend, Device
-from dsa_portable.errors import BackendError, BackendNotImportable, DeviceUnavailable, InvalidArgument, UnknownBackend
 
-GROUP = "dsa_portable.backends"
-VARIABLE = "DSA_BACKEND"
+GROUP, VARIABLE = "dsa_portable.backends", "DSA_BACKEND"
 _chosen: ContextVar[str | None] = ContextVar("dsa_portable_backend", default=None)
 
 
 @dataclass(frozen=True)
 class Status:
-    """One line of `dsa-portable backends`: the declaration if it loads, the device if there is one, else the reason and cure."""
+    """One line of `dsa-portable backends`: the declaration if it loads, the device if there is one, else reason and cure."""
 
     name: str
     backend: Backend | None
@@ -38,72 +36,63 @@ class Status:
         return self.device is not None
 
 
-@lru_cache(maxsize=1)
-def _entry_points() -> dict[str, tuple[EntryPoint, ...]]:
-    found: dict[str, tuple[EntryPoint, ...]] = {}
-    for point in sorted(entry_points(group=GROUP), key=lambda p: (p.name, p.value)):
-        # An editable install and a checkout on the path can both report the same entry point: one backend, not two.
-        if point.value not in [p.value for p in found.get(point.name, ())]:
-            found[point.name] = (*found.get(point.name, ()), point)
-    return found
+@cache
+def _entry_points() -> dict[tuple[str, str], EntryPoint]:
+    # An editable install and a checkout on the path can both report the same entry point: one backend, not two.
+    return {(p.name, p.value): p for p in sorted(entry_points(group=GROUP))}
 
 
 def names() -> list[str]:
     """Every registered backend's name; nothing is imported."""
-    return sorted(_entry_points())
+    return sorted({name for name, _ in _entry_points()})
 
 
 @cache
 def load(name: str) -> Backend:
     """The declaration of this name. Raises UnknownBackend, or BackendNotImportable where its own module fails."""
-    points = _entry_points().get(name, ())
+    points = [point for key, point in _entry_points().items() if key[0] == name]
     if not points:
-        raise UnknownBackend(
-            f"backend {name!r} is not registered, but {', '.join(names())} are; install its package or pick one."
-        )
+        raise errors.UnknownBackend(f"backend {name!r} is not registered, but {', '.join(names())} are; install or pick one.")
     if len(points) > 1:
-        raise BackendNotImportable(
-            f"backend {name!r} is registered twice ({' and '.join(p.value for p in points)}); uninstall one of the packages."
-        )
+        values = " and ".join(p.value for p in points)
+        raise errors.BackendNotImportable(f"backend {name!r} is registered as both {values}; uninstall one of the packages.")
+    package = points[0].dist.name if points[0].dist else points[0].module
     try:
         backend = points[0].load()
     except Exception as exc:
-        raise BackendNotImportable(f"backend {name!r} ({points[0].value}) cannot be imported: {exc}; reinstall it.") from exc
+        raise errors.BackendNotImportable.because(name, exc, f"pip install --force-reinstall {package}") from exc
     if not isinstance(backend, Backend) or backend.name != name:
-        raise BackendNotImportable(f"entry point {name!r} ({points[0].value}) is no Backend of that name; mend its package.")
-    if backend.contract.split(".")[0] != CONTRACT_VERSION.split(".")[0]:
-        raise BackendNotImportable(
-            f"backend {name!r} was written for contract {backend.contract}, but this is {CONTRACT_VERSION}; update its package."
-        )
+        raise errors.BackendNotImportable(f"{points[0].value} of {package} is no Backend named {name!r}; mend its entry point.")
+    (major, _, minor), (ours, _, newest) = backend.contract.partition("."), CONTRACT_VERSION.partition(".")
+    if major != ours or not minor.isdecimal() or int(minor) > int(newest):
+        what = f"{name!r} was written for contract {backend.contract}, but this is {CONTRACT_VERSION}"
+        raise errors.BackendNotImportable(f"backend {what}; install versions that agree.")
     return backend
 
 
 @cache
 def device(name: str) -> Device:
     """The device of a backend. Raises BackendNotImportable (with the command that cures it) or DeviceUnavailable."""
-    backend = load(name)
     try:
-        return backend.probe()
-    except BackendError:
+        return load(name).probe()
+    except errors.BackendError:
         raise
     except ImportError as exc:
-        raise BackendNotImportable(f"backend {name!r} needs what is not installed ({exc}); run: {backend.install}") from exc
+        raise errors.BackendNotImportable.because(name, exc, load(name).install) from exc
     except Exception as exc:
-        raise DeviceUnavailable(
-            f"backend {name!r}: its probe failed ({type(exc).__name__}: {exc}); check driver and device."
-        ) from exc
+        raise errors.DeviceUnavailable(f"backend {name!r} failed its probe ({exc!r}); check driver and device.") from exc
 
 
 @cache
 def operator(name: str, operation: str) -> Callable[[Any], Any]:
-    """The backend's function for one operator, imported now."""
-    device(name)
-    module, _, attribute = load(name).operators[operation].partition(":")
+    """The backend's function for one operator, imported now. Raises as `device` does, or Unsupported where it has none."""
+    backend, _ = load(name), device(name)
+    if operation not in backend.operators:
+        raise errors.Unsupported(f"backend {name!r} does not offer {operation}; name one that does.", operation)
     try:
-        function: Callable[[Any], Any] = getattr(import_module(module), attribute)
-    except ImportError as exc:
-        raise BackendNotImportable(f"backend {name!r} needs what is not installed ({exc}); run: {load(name).install}") from exc
-    return function
+        return EntryPoint(operation, backend.operators[operation], GROUP).load()  # type: ignore[no-any-return]
+    except Exception as exc:
+        raise errors.BackendNotImportable.because(name, exc, backend.install) from exc
 
 
 def backends() -> list[Status]:
@@ -114,14 +103,14 @@ def backends() -> list[Status]:
         try:
             backend = load(name)
             result.append(Status(name, backend, device(name)))
-        except BackendError as exc:
+        except errors.BackendError as exc:
             result.append(Status(name, backend, None, str(exc)))
     return result
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Name the backend for the calls inside a `with` block (of this thread or task). Raises UnknownBackend at once."""
+    """Name the backend for the calls inside a `with` block (of this thread or task). Raises as `load` does, on entry."""
     load(name)
     token = _chosen.set(name)
     try:
@@ -132,29 +121,30 @@ def use_backend(name: str) -> Iterator[None]:
 
 def requested(argument: str | None = None) -> str | None:
     """The name that was asked for, or None for auto; an empty `DSA_BACKEND` asks for nothing."""
-    return argument or _chosen.get() or os.environ.get(VARIABLE) or None
+    return argument if argument is not None else _chosen.get() or os.environ.get(VARIABLE) or None
 
 
 def select(argument: str | None, where: str) -> Backend:
     """The backend for arrays on the device kind `where`."""
     name = requested(argument)
     if name is None:
-        return _auto(where, [load(n) for n in names()])
-    backend = load(name)
-    if where not in backend.devices:
-        raise InvalidArgument(
-            f"q is on {where}, but backend {name!r} takes arrays on {' or '.join(backend.devices)}; move them, nothing is copied silently."
-        )
-    return backend
+        return _auto(where)
+    if where not in load(name).devices:
+        takes = " or ".join(load(name).devices)
+        raise errors.InvalidArgument(f"q is on {where}, but backend {name!r} takes arrays on {takes}; move them.")
+    return load(name)
 
 
-def _auto(where: str, candidates: Sequence[Backend]) -> Backend:
-    fitting = [b for b in candidates if b.auto and where in b.devices]
-    if len(fitting) == 1:
-        return fitting[0]
-    if fitting:
+def _auto(where: str) -> Backend:
+    fitting, others = [], ""
+    for name in names():
+        try:
+            fitting += [b for b in [load(name)] if b.auto and where in b.devices]
+        except errors.BackendError as exc:
+            others += f" ({exc})"  # what cannot be loaded claims nothing and stops nobody, but explains why nobody is left
+    if len(fitting) > 1:
         claims = " and ".join(b.name for b in fitting)
-        raise InvalidArgument(f"backends {claims} both claim arrays on {where}; name one with backend= or {VARIABLE}.")
-    raise UnknownBackend(
-        f"no registered backend claims arrays on {where}, but {', '.join(names())} exist; name one or move the arrays."
-    )
+        raise errors.InvalidArgument(f"backends {claims} both claim arrays on {where}; name one with backend= or {VARIABLE}.")
+    if not fitting:
+        raise errors.UnknownBackend(f"none of {', '.join(names())} claims arrays on {where}{others}; name one or move them.")
+    return fitting[0]

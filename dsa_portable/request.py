@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
-from dsa_portable.arrays import Array, as_kind, describe, device_name, dtype_name, is_array, on_host
+import numpy as np
+
+from dsa_portable.arrays import Array, as_kind, describe, dtype_name, is_array, on_host, place
 from dsa_portable.batch import Batch
 from dsa_portable.errors import InvalidArgument, Unsupported
 from dsa_portable.formats import layout
@@ -18,6 +20,7 @@ from dsa_portable.signature import (
     Signature,
     check_arrays,
     check_count,
+    check_flag,
     check_scale,
 )
 
@@ -27,17 +30,17 @@ _T = TypeVar("_T")
 class _Call:
     def as_kind(self: _T, wanted: str) -> _T:
         """The same call over the same memory, with every host array of the wanted kind (`numpy` or `torch`)."""
-        changed: dict[str, object] = {}
-        for field in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
-            if isinstance(value, Batch):
-                arrays, integers = value.flatten()
-                changed[field.name] = Batch.unflatten([as_kind(a, wanted) for a in arrays], integers)
-            elif isinstance(value, tuple):
-                changed[field.name] = tuple(as_kind(a, wanted) for a in value)
-            elif is_array(value) and on_host(value):
-                changed[field.name] = as_kind(value, wanted)
-        return replace(self, **changed)  # type: ignore[type-var]
+        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        return replace(self, **{name: _shared(value, wanted) for name, value in values.items()})  # type: ignore[type-var]
+
+
+def _shared(value: Any, wanted: str) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_shared(v, wanted) for v in value)
+    if isinstance(value, Batch):
+        arrays, integers = value.flatten()
+        return Batch.unflatten([_shared(a, wanted) for a in arrays], integers)
+    return as_kind(value, wanted) if is_array(value) and on_host(value) else value
 
 
 @dataclass(frozen=True)
@@ -61,17 +64,15 @@ class IndexRequest(_Call):
     @property
     def format(self) -> str:
         """`operand/weights/scale`, e.g. `e4m3/f32/f32` or `bf16/bf16/-`."""
-        if self.k_layout is not None:
-            scale = "f32"
-        else:
-            scale = "-" if self.k_scale is None else SHORT[dtype_name(self.k_scale)]
+        packed = "-" if self.k_layout is None else "f32"
+        scale = packed if self.k_scale is None else SHORT[dtype_name(self.k_scale)]
         return f"{SHORT[dtype_name(self.q)]}/{SHORT[dtype_name(self.weights)]}/{scale}"
 
     @property
     def results(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name -> (dtype, shape) of what the call returns, in order."""
         shape = (self.dims["Tq"], self.topk)
-        found = {"indices": ("int32", shape)}
+        found: dict[str, tuple[str, tuple[int, ...]]] = {"indices": ("int32", shape)}
         return found | {"scores": ("float32", shape)} if self.return_scores else found
 
 
@@ -128,7 +129,7 @@ def index_request(
     paged = _paged(LIGHTNING_INDEX, batch)
     values = {"q": q, "k": k, "weights": weights, "k_scale": k_scale}
     dims = check_arrays(LIGHTNING_INDEX, values, paged=paged, packed={"k": k_layout})
-    key_dtype = layout(k_layout).value_dtype if k_layout else dtype_name(k)
+    key_dtype = dtype_name(k) if k_layout is None else layout(k_layout).value_dtype.name
     _check_same_dtype(LIGHTNING_INDEX, "k", key_dtype, q)
     if k_layout is not None and k_scale is not None:
         raise InvalidArgument(f"lightning_index: k_scale was passed, but {k_layout} holds its own scales; pass k_scale=None.")
@@ -138,8 +139,10 @@ def index_request(
             f"lightning_index: k_scale is {state} for {key_dtype} keys, but {' and '.join(SCALED)} keys need one and others "
             f"have none; {'pass it' if k_scale is None else 'fold it into the keys'}."
         )
-    check_count(LIGHTNING_INDEX, "topk", topk)
-    batch = _bound(batch, dims)
+    topk = check_count(LIGHTNING_INDEX, "topk", topk)
+    return_scores = check_flag(LIGHTNING_INDEX, "return_scores", return_scores)
+    sorted = check_flag(LIGHTNING_INDEX, "sorted", sorted)
+    batch = _bound(LIGHTNING_INDEX, batch, dims, q)
     request = IndexRequest(q, k, weights, k_scale, batch, topk, k_layout, return_scores, sorted, _tuple(out), dims)
     _check_out(request, request.results)
     return request
@@ -166,8 +169,9 @@ def attend_request(
     dims = check_arrays(SPARSE_ATTEND, values, paged=paged, packed={"kv": kv_layout})
     _check_same_dtype(SPARSE_ATTEND, "kv", "bfloat16" if kv_layout else dtype_name(kv), q)
     scale = check_scale(SPARSE_ATTEND, "softmax_scale", softmax_scale)
-    check_count(SPARSE_ATTEND, "value_dim", value_dim, upper=dims["Dqk"])
-    batch = _bound(batch, dims)
+    value_dim = check_count(SPARSE_ATTEND, "value_dim", value_dim, upper=dims["Dqk"])
+    return_lse = check_flag(SPARSE_ATTEND, "return_lse", return_lse)
+    batch = _bound(SPARSE_ATTEND, batch, dims, q)
     request = AttendRequest(
         q, kv, indices, scale, value_dim, attn_sink, topk_length, batch, kv_layout, return_lse, _tuple(out), dims
     )
@@ -178,13 +182,14 @@ def attend_request(
 def _check_common(signature: Signature, index_space: str, layout_argument: str, layout_name: str | None) -> None:
     if index_space != "request":
         raise Unsupported(
-            f"{signature.name}: index_space is {index_space!r}, but contract 1.0 has 'request' alone; convert with Batch.to_slots() "
-            "or Batch.to_flat().",
+            f"{signature.name}: index_space is {index_space!r}, but contract 1.0 has 'request' alone; convert with the Batch's "
+            "to_flat(), to_slots(), from_flat() or from_slots().",
             "index_space",
         )
     if layout_name is not None and layout(layout_name).operator != signature.name:
         raise InvalidArgument(
-            f"{signature.name}: {layout_argument} is {layout_name!r}, a cache of {layout(layout_name).operator}; pass one of its own."
+            f"{signature.name}: {layout_argument} is {layout_name!r}, but that is a cache of {layout(layout_name).operator}; "
+            f"pass one of {signature.name}'s own."
         )
 
 
@@ -203,12 +208,18 @@ def _check_same_dtype(signature: Signature, name: str, dtype: str, q: Array) -> 
         )
 
 
-def _bound(batch: Batch | None, dims: Mapping[str, int]) -> Batch:
+def _bound(signature: Signature, batch: Batch | None, dims: Mapping[str, int], q: Array) -> Batch:
     if batch is None:
         return Batch.dense(dims["Tq"], dims["Tk"])
+    for array in batch.flatten()[0]:
+        if array is not None and not on_host(array) and place(array) != place(q):
+            raise InvalidArgument(
+                f"{signature.name}: batch holds {describe(array)}, but q is on {place(q)}; keep it on the host or beside q."
+            )
     if batch.page_size is not None and batch.page_size != dims["page_size"]:
         raise InvalidArgument(
-            f"batch.page_size is {batch.page_size}, but the cache has pages of {dims['page_size']}; use batch.with_pages()."
+            f"{signature.name}: batch.page_size is {batch.page_size}, but the cache has pages of {dims['page_size']}; use "
+            "batch.with_pages()."
         )
     batch.check_bounds(dims["Tq"], dims["num_pages"] if batch.block_table is not None else dims["Tk"])
     return batch
@@ -223,11 +234,13 @@ def _check_out(request: Request, results: Mapping[str, tuple[str, tuple[int, ...
         return
     if len(request.out) != len(results):
         raise InvalidArgument(
-            f"{request.operator}: out has {len(request.out)} arrays, but the call returns {', '.join(results)}; pass one array for each."
+            f"{request.operator}: out has {len(request.out)} arrays, but the call returns {' and '.join(results)}; pass one "
+            "array for each, in a tuple."
         )
     for array, (name, (dtype, shape)) in zip(request.out, results.items(), strict=True):
-        if dtype_name(array) != dtype or tuple(array.shape) != shape or device_name(array) != device_name(request.q):
-            raise InvalidArgument(
-                f"{request.operator}: out for {name} is {describe(array)}, but {dtype} {list(shape)} on {device_name(request.q)} is "
-                "accepted; allocate it so."
-            )
+        where = f"{request.operator}: out for {name} is {describe(array)}"
+        fits = is_array(array) and (dtype_name(array), tuple(array.shape), place(array)) == (dtype, shape, place(request.q))
+        if not fits:
+            raise InvalidArgument(f"{where}, but {dtype} {list(shape)} on {place(request.q)} is accepted; allocate it so.")
+        if isinstance(array, np.ndarray) and not array.flags.writeable:
+            raise InvalidArgument(f"{where} and read-only, but results are written there; pass a writeable array.")

@@ -87,8 +87,12 @@ class AttendCase:
             q = np.zeros(shape)
             q[:, np.arange(self.heads), self.dims[1] + np.arange(self.heads) % (self.dims[0] - self.dims[1])] = 64.0
         else:
-            q = values.bell(f"{name}/q", shape) * QUERY_SCALE[self.logits]
+            q = self._bell(f"{name}/q", shape) * QUERY_SCALE[self.logits]
         return values.cast(q, self._dtype)
+
+    def _bell(self, name: str, shape: tuple[int, ...]) -> Array:
+        """Numbers of standard deviation 148; in float32 with 18 significant bits, so that its products round as real ones do."""
+        return values.fine_bell(name, shape) * 2.0**-8 if self.format == "f32" else values.bell(name, shape).astype(np.float64)
 
     def _indices(self, name: str, rows: int) -> tuple[Array, Array]:
         """int32 [rows, topk] and the leading entries that count; padding rows name real keys, which must change nothing."""
@@ -148,7 +152,7 @@ class AttendCase:
     def _logical(self, name: str, used: Array, keys: int) -> list[Array]:
         """The request's kv [Lk, Dqk], or its values, tile scales and rotated part; NaN wherever `used` does not reach."""
         width, value = self.dims
-        body = values.bell(name, (len(used), width)).astype(np.float64)
+        body = self._bell(name, (len(used), width))
         if self.exact:
             body = np.clip(np.rint(body * 2.0**-7), -2, 2)
             body[:, value:] = 0

@@ -1,0 +1,164 @@
+"""What is allowed: the top-k certificate, the population check, and the four attention checks. docs/judging.md derives each.
+
+The constants were set on the honest population that is stored with the planted faults; a vendor may widen a profile, never these.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from dsa_portable.profile import SMALLEST_NORMAL, UNIT_ROUNDOFF, Accumulator, Profile
+
+Array: TypeAlias = np.ndarray[Any, Any]
+Float64: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
+
+KAPPA = 3.0  # judging 4.2: error per row and head against the emulator's
+SLOPE = 1.5e-3  # judging 4.3: bias against the emulator's
+# Roundings of a logit, or of an output, beyond those of its dot product: the scale and its own rounding, a change of base (2),
+# the subtraction of the maximum (2), and the rescaling and division at the end (2).
+EXTRA_OPERATIONS = 8
+# Half the distance between the smallest subnormals of the output formats: rounding near zero costs that much.
+HALF_SUBNORMAL = {"float32": 2.0**-150, "bfloat16": 2.0**-134, "float16": 2.0**-25}
+
+
+def gamma(operations: float, unit_roundoff: float) -> float:
+    """n*u / (1 - n*u): what n roundings can do to a sum of magnitudes (Higham, Accuracy and Stability, 3.1)."""
+    product = operations * unit_roundoff
+    return product / (1 - product) if product < 1 else float("inf")
+
+
+def dot_gamma(accumulator: Accumulator, length: int, extra: int = 0) -> float:
+    """gamma of a dot product of this length; an aligned group also cuts the running sum once."""
+    groups = length / accumulator.group if accumulator.group > 1 else 0
+    return gamma(length + groups + extra, accumulator.unit_roundoff)
+
+
+def score_bound(
+    profile: Profile, scores: Float64, weighted: Float64, magnitude: Float64, *, heads: int, dim: int, dots_exact: bool, exact: bool, flushed: Float64 | float = 0.0
+) -> Float64:
+    """eps_j of judging 3.1: |computed - true score| for every order of summation the profile allows.
+
+    weighted = scale * sum |w| relu(q.k), magnitude = scale * sum |w| |q|.|k|. `exact`: a case in which nothing before the final
+    rounding can round; `dots_exact`: int8 products in an accumulator that holds them; `flushed` = scale * sum max(1, |w|).
+    """
+    logit = 0.0 if profile.logit in ("float32", "float64") and exact else UNIT_ROUNDOFF[profile.logit]
+    if exact:
+        return logit * abs(scores)
+    dots = 0.0 if dots_exact else dot_gamma(profile.accumulator, dim)
+    unit_sum = UNIT_ROUNDOFF[profile.head_sum]
+    head_sum = gamma(heads + 2, unit_sum) + (UNIT_ROUNDOFF[profile.intermediate] if profile.intermediate != "float32" else 0.0)
+    bound = dots * magnitude + head_sum * (weighted + dots * magnitude) + (2 * unit_sum + logit) * abs(scores)
+    if profile.subnormals == "flushed":
+        smallest = max(SMALLEST_NORMAL[f] for f in (profile.intermediate, profile.head_sum, profile.logit))
+        bound = bound + (heads + 1) * smallest * (1 + flushed)
+    return bound
+
+
+def margin(scores: Float64, bound: Float64, selected: Array) -> float | None:
+    """v = max over selected i and unselected j of (s_j - s_i) / (eps_i + eps_j): the certificate holds iff v <= 1.
+
+    None where nothing is unselected. Where eps is 0 on both sides v is 0 or inf. Found by Dinkelbach's iteration: each step solves
+    the separable problem max(s_j - v eps_j) - min(s_i + v eps_i) and the ratio at its solution rises to the maximum.
+    """
+    chosen = np.zeros(len(scores), bool)
+    chosen[selected] = True
+    if chosen.all():
+        return None
+    s_in, e_in, s_out, e_out = scores[chosen], bound[chosen], scores[~chosen], bound[~chosen]
+    if not len(s_in):
+        return None
+    v = -np.inf
+    for _ in range(60):
+        t = 0.0 if v == -np.inf else v
+        i, j = int(np.argmin(s_in + t * e_in)), int(np.argmax(s_out - t * e_out))
+        gap, room = s_out[j] - s_in[i], e_in[i] + e_out[j]
+        ratio = gap / room if room > 0 else (np.inf if gap > 0 else 0.0 if gap == 0 else -np.inf)
+        if ratio <= v:
+            break
+        v = ratio
+        if v == np.inf:
+            break
+    return float(v)
+
+
+def exchanged_limit(emulated: int) -> float:
+    """Judging 3.2: keys exchanged against the float64 set over all selective rows of a case, given the emulator's number."""
+    return 4 * emulated + 3 * emulated**0.5 + 2
+
+
+def score_error_limit(emulated: float, profile: Profile, typical: float) -> float:
+    """Judging 3.2: RMS error of returned scores, given the emulator's and the scores' own RMS."""
+    return 4 * max(emulated, UNIT_ROUNDOFF[profile.logit] / 2 * typical)
+
+
+@dataclass(frozen=True)
+class RowBound:
+    """Judging 4.1 and 4.4 for one row: how far the output [Hq, value_dim] and the lse [Hq] may lie from the truth."""
+
+    out: Float64
+    lse: Float64
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row's operands and truth in float64: q [Hq, D], kv [n >= 1, D], p [Hq, n] as they enter the output, out, lse."""
+
+    q: Float64
+    kv: Float64
+    softmax_scale: float
+    value_dim: int
+    p: Float64
+    out: Float64
+    lse: Float64
+
+
+def attention_bound(profile: Profile, row: Row, dtype: str) -> RowBound:
+    """Bound (B) and lse bound (L) of one row."""
+    q, kv, p, out, lse = row.q, row.kv, row.p, row.out, row.lse
+    count, dim = kv.shape
+    u_acc, u_kv = profile.accumulator.unit_roundoff, UNIT_ROUNDOFF[profile.kv_compute] if profile.kv_compute != "float32" else 0.0
+    u_p = UNIT_ROUNDOFF[profile.p] if profile.p != "float32" else 0.0
+    magnitudes = row.softmax_scale * (abs(q) @ abs(kv).T).max(axis=1)
+    factor = dot_gamma(profile.accumulator, dim, EXTRA_OPERATIONS) + u_kv
+    factor += UNIT_ROUNDOFF[profile.logit] if profile.logit != "float32" else 0.0
+    lam = factor * magnitudes
+    v = kv[:, : row.value_dim]
+    total = p.sum(axis=1)
+    # sum p |v - o| <= sqrt(sum p * sum p (v - o)^2), expanded so that it is one matrix product; the sink is a key of value 0.
+    spread = p @ (v * v) - 2 * out * (p @ v) + total[:, None] * out * out
+    spread = np.sqrt(np.maximum(spread, 0) * np.maximum(total[:, None], 0)) + (1 - total)[:, None].clip(0) * abs(out)
+    theta = np.expm1(2 * lam) + 2 * profile.exp_ulp * 2.0**-24
+    sums = gamma(count + EXTRA_OPERATIONS, u_acc) * 2
+    bound = theta[:, None] * spread + (u_p + u_kv + sums) * (p @ abs(v))
+    rounding = UNIT_ROUNDOFF[dtype]
+    bound = bound * (1 + rounding) + rounding * abs(out) + HALF_SUBNORMAL[dtype]
+    # What a float32 exponent cannot hold may become 0: a sink that outweighs every key by more than 2^126, say.
+    bound = bound + SMALLEST_NORMAL["float32"] * (1 + abs(v).max(axis=0))
+    if profile.p in HALF_SUBNORMAL and profile.p != "float32":
+        bound = bound + HALF_SUBNORMAL[profile.p] * abs(v).sum(axis=0)
+    if profile.subnormals == "flushed":
+        bound = bound + SMALLEST_NORMAL[dtype] + count * SMALLEST_NORMAL["float32"] * abs(v).max(axis=0)
+    lse_bound = 2 * lam + gamma(count + EXTRA_OPERATIONS, u_acc) + profile.exp_ulp * 2.0**-23 + 4 * 2.0**-24 * abs(lse)
+    return RowBound(bound, lse_bound + (u_p if profile.normaliser == "rounded" else 0.0))
+
+
+def error_floor(profile: Profile, row: Row, dtype: str) -> Float64:
+    """[Hq], judging 4.2: the error per head below which no backend is accused, however lucky the emulator was.
+
+    Half an output rounding or eight additions of the whole; or what the rounding of the logits leaves if it is a random walk:
+    tau_j = u * sqrt(D) * |scale * q * k_j|, error = sqrt(sum (p_j tau_j |v_j - o|)^2). It rules where few keys share the softmax.
+    """
+    u_acc, v, out = profile.accumulator.unit_roundoff, row.kv[:, : row.value_dim], row.out
+    walk = u_acc * u_acc * row.kv.shape[1] * row.softmax_scale**2 * ((row.q * row.q) @ (row.kv * row.kv).T)
+    distance = (v * v).sum(axis=1) - 2 * (out @ v.T) + (out * out).sum(axis=1, keepdims=True)
+    logits = np.sqrt((row.p * row.p * walk * np.maximum(distance, 0)).sum(axis=1))
+    return np.maximum(max(UNIT_ROUNDOFF[dtype] / 2, 8 * u_acc) * np.linalg.norm(out, axis=1), logits)
+
+
+def slope(out: Float64, truth: Float64) -> float:
+    """<out - truth, truth> / <truth, truth>: the bias that scaling, truncation or lost mass leaves."""
+    energy = float((truth * truth).sum())
+    return float(((out - truth) * truth).sum()) / energy if energy else 0.0

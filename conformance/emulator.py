@@ -1,0 +1,83 @@
+"""What an honest chip with the declared numerics would return, in NumPy: the yardstick for errors, never the truth.
+
+It models the accumulator (rounded or truncated, aligned to the largest exponent of a group), every declared rounding, and nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from dsa_portable.arrays import NUMPY_DTYPES
+from dsa_portable.conformance import oracle
+from dsa_portable.conformance.cases.call import Call
+from dsa_portable.profile import Accumulator, Profile
+
+Array: TypeAlias = np.ndarray[Any, Any]
+Float32: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
+
+
+def rounded(values: Array, dtype: str) -> Float32:
+    """float32 values rounded to the named dtype and back."""
+    if dtype in ("float32", "float64"):
+        return values.astype(np.float32)
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32).astype(NUMPY_DTYPES[dtype]).astype(np.float32)
+
+
+def dot(a: Array, b: Array, accumulator: Accumulator) -> Float32:
+    """[m, n]: a [m, d] times b [n, d] transposed, summed as the accumulator sums."""
+    a, b = a.astype(np.float32), b.astype(np.float32)
+    if accumulator.bits >= 24:
+        return a @ b.T
+    total = np.zeros((len(a), len(b)), np.float32)
+    cut = np.trunc if accumulator.rounding == "RZ" else np.rint
+    for first in range(0, a.shape[1], accumulator.group):
+        group = slice(first, first + accumulator.group)
+        products = a[:, None, group] * b[None, :, group]
+        largest = np.maximum(abs(products).max(axis=2), abs(total))
+        # One unit in the last kept place, for the whole group: 2^(exponent of the largest - bits).
+        unit = np.ldexp(np.float32(1), np.frexp(largest)[1] - accumulator.bits)
+        unit = np.where(unit == 0, np.float32(1), unit)
+        total = (cut(total / unit) + cut(products / unit[:, :, None]).sum(axis=2)) * unit
+    return total
+
+
+def index_scores(call: Call, profile: Profile) -> dict[int, Float32]:
+    """Row -> float32 scores of the positions it sees, from its start on; rows of no request are absent."""
+    scores: dict[int, Float32] = {}
+    spans = list(oracle.rows(call))
+    weights = rounded(call.arrays["weights"], profile.head_sum)
+    exact = call.arrays["q"].dtype == np.int8 and profile.accumulator.bits >= 24
+    accumulator = Accumulator() if exact else profile.accumulator
+    for request in range(len(call.batch["seqlens_k"])):
+        mine = [span for span in spans if span[1] == request and span[2] < span[3]]
+        if not mine:
+            continue
+        low, high = min(span[2] for span in mine), max(span[3] for span in mine)
+        keys, scale = oracle.index_keys(call, request, np.arange(low, high))
+        for row, _, start, end in mine:
+            parts = []
+            for first in range(start, end, oracle.TILE):
+                tile = slice(first - low, min(first + oracle.TILE, end) - low)
+                dots = rounded(dot(call.arrays["q"][row], keys[tile], accumulator), profile.intermediate)
+                total = rounded(weights[row] @ np.maximum(dots, 0), profile.head_sum)
+                parts.append(rounded(total * rounded(scale[tile], profile.scale_compute), profile.logit))
+            scores[row] = np.concatenate(parts)
+    return scores
+
+
+def attention(q: Array, kv: Array, softmax_scale: float, value_dim: int, sink: Array | None, profile: Profile) -> tuple[Array, Array]:
+    """(out [Hq, value_dim] in q's dtype, lse [Hq]) of one row over all of kv [n >= 1, Dqk], given in float64."""
+    keys = rounded(kv, profile.kv_compute)
+    logits = rounded(dot(q, keys, profile.accumulator) * np.float32(softmax_scale), profile.logit)
+    top = logits.max(axis=1)
+    exact_p = np.exp(logits - top[:, None])
+    p = rounded(exact_p, profile.p)
+    total = (p if profile.normaliser == "rounded" else exact_p).sum(axis=1)
+    lse = top + np.log(total)
+    with np.errstate(over="ignore"):
+        total = total if sink is None else total + np.exp(sink - top)
+    out = dot(p, np.ascontiguousarray(keys[:, :value_dim].T), profile.accumulator) / total[:, None]
+    return out.astype(q.dtype), lse
