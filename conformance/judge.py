@@ -28,11 +28,12 @@ class Verdict:
     metrics: dict[str, float | int | str | None] = field(default_factory=dict)
     selective_rows: int | None = None
     vacuous_rows: int | None = None
+    arrays: dict[str, Array] = field(default_factory=dict)
 
-    def fail(self, reason: str) -> None:
-        """Record a broken rule; the first one gives the reason."""
+    def fail(self, reason: str, **arrays: Any) -> None:
+        """Record a broken rule; the first one gives the reason and the arrays (row, truth, bound) that are kept for the engineer."""
         if self.status != "FAIL":
-            self.status, self.reason = "FAIL", reason
+            self.status, self.reason, self.arrays = "FAIL", reason, {name: np.asarray(a) for name, a in arrays.items()}
 
     def worst(self, name: str, value: float) -> None:
         """Keep the largest value seen of a metric."""
@@ -170,7 +171,8 @@ class _Index:
             rank = int((scores > scores[lost]).sum()) + 1
             self.verdict.fail(
                 f"row {row}: the set is no top {self.topk}: position {lost + start} (rank {rank}, score {scores[lost]:.9g}) was left "
-                f"out for one of score {scores[chosen].min():.9g}; margin v = {v:.3g}, allowed 1; {exchanged} keys exchanged"
+                f"out for one of score {scores[chosen].min():.9g}; margin v = {v:.3g}, allowed 1; {exchanged} keys exchanged",
+                row=row, first_position=start, true_scores=scores, bound=bound,
             )
 
     def _returned(self, row: int, start: int, scores: Array, bound: Array, chosen: Array, emulated: Array) -> None:
@@ -185,7 +187,8 @@ class _Index:
         if bad.any():
             at = int(np.argmax(bad))
             self.verdict.fail(
-                f"row {row}, position {chosen[at] + start}: score is {got[at]:.9g}, expected {scores[chosen[at]]:.9g} within {allowed[at]:.3g}"
+                f"row {row}, position {chosen[at] + start}: score is {got[at]:.9g}, expected {scores[chosen[at]]:.9g} within {allowed[at]:.3g}",
+                row=row, first_position=start, true_scores=scores, bound=bound,
             )
         self.square_error += float((error**2).sum())
         self.square_score += float((scores[chosen] ** 2).sum())
@@ -274,7 +277,7 @@ class _Attend:
             expected = truth.astype(self.out.dtype)
             if not np.array_equal(self.out[row], expected):
                 head, column = np.argwhere(~(self.out[row] == expected))[0]
-                self.verdict.fail(f"row {row}, head {head}, column {column}: out is {self.out[row][head, column]}, expected exactly {expected[head, column]}")
+                self.verdict.fail(f"row {row}, head {head}, column {column}: out is {self.out[row][head, column]}, expected exactly {expected[head, column]}", row=row, true_out=truth)
         else:
             self._bound(row, got, truth, bound.out)
             floor = criteria.error_floor(self.profile, facts, self.dtype)
@@ -290,7 +293,8 @@ class _Attend:
             head, column = np.unravel_index(int(np.argmax(ratio)), ratio.shape)
             self.verdict.fail(
                 f"row {row}, head {head}, column {column}: out is {got[head, column]:.9g}, expected {truth[head, column]:.9g} within "
-                f"{allowed[head, column]:.3g}, a proven bound"
+                f"{allowed[head, column]:.3g}, a proven bound",
+                row=row, true_out=truth, bound=allowed,
             )
 
     def _ratio(self, row: int, kv: Array, got: Array, truth: Array, sink: Array | None, floor: Array) -> None:
@@ -306,7 +310,8 @@ class _Attend:
             head = int(np.argmax(ratio))
             self.verdict.fail(
                 f"row {row}, head {head}: RMS error is {ratio[head]:.3g} times the emulator's, allowed {criteria.KAPPA:g} "
-                f"(relative error {error[head] / size[head] if size[head] else np.inf:.3g})"
+                f"(relative error {error[head] / size[head] if size[head] else np.inf:.3g})",
+                row=row, true_out=truth, emulated_out=own, allowed_norm=criteria.KAPPA * allowed,
             )
         self.energy += float((truth * truth).sum())
         self.along += float(((got - truth) * truth).sum())
@@ -318,4 +323,4 @@ class _Attend:
         self.verdict.worst("lse_error_over_bound", float(np.nan_to_num(error / allowed, nan=np.inf).max()))
         if not (error <= allowed).all():
             head = int(np.argmax(~(error <= allowed)))
-            self.verdict.fail(f"row {row}, head {head}: lse is {self.lse[row][head]:.9g}, expected {truth[head]:.9g} within {allowed[head]:.3g}")
+            self.verdict.fail(f"row {row}, head {head}: lse is {self.lse[row][head]:.9g}, expected {truth[head]:.9g} within {allowed[head]:.3g}", row=row, true_lse=truth, bound=allowed)

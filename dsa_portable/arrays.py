@@ -90,7 +90,7 @@ def from_numpy(array: np.ndarray[Any, Any]) -> Array:
     bits = _BITS.get(array.dtype.name)
     if bits is None:
         return torch.from_numpy(array)
-    return torch.from_numpy(array.view(NUMPY_DTYPES[bits])).view(getattr(torch, array.dtype.name))
+    return torch.from_numpy(array.view(bits)).view(getattr(torch, array.dtype.name))
 
 
 def kind(array: Array) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -17,6 +18,7 @@ FLOATS = ("float32", "bfloat16", "float16")
 SCALED = ("float8_e4m3fn", "int8")
 # Index operands that a later contract may take: FNUZ of gfx942, HiFloat8 of Ascend, MXFP4 as ml_dtypes and torch name it.
 RESERVED = ("float8_e4m3fnuz", "hifloat8", "mxfp4", "float4_e2m1fn", "float4_e2m1fn_x2")
+SMALLEST_SCALE, LARGEST_SCALE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 # Every other named dimension is at least 1.
 MAY_BE_EMPTY = ("Tq", "Tk", "num_pages")
 SHORT = {"float8_e4m3fn": "e4m3", "int8": "int8", "bfloat16": "bf16", "float16": "f16", "float32": "f32"}
@@ -241,12 +243,15 @@ def check_count(signature: Signature, name: str, value: object, upper: int | Non
 
 def check_scale(signature: Signature, name: str, value: Any) -> float:
     """The finite float > 0 that value is, or raise; kernels hold it in float32, so it must be a normal number there."""
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not np.finfo(np.float32).tiny <= value <= np.finfo(np.float32).max:
+    try:
+        scale = float(value) if isinstance(value, Real) and not isinstance(value, bool) else 0.0
+    except OverflowError:
+        scale = math.inf
+    if not SMALLEST_SCALE <= scale <= LARGEST_SCALE:
         raise InvalidArgument(
             f"{signature.name}: {name} is {value!r}, but a finite float > 0, normal in float32, is accepted; pass one."
         )
-    return float(value)
+    return scale
 
 
 def check_flag(signature: Signature, name: str, value: object) -> bool:

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from dsa_portable.batch import DECODE_ROWS
 from dsa_portable.conformance.cases import values
 from dsa_portable.conformance.cases.call import Call
 from dsa_portable.conformance.cases.index import LONG
@@ -47,6 +48,11 @@ class AttendCase:
     options: tuple[tuple[str, Any], ...] = ()  # return_lse, out
 
     operator = "sparse_attend"
+
+    @property
+    def phase(self) -> str:
+        """`decode` or `prefill`, as Batch.phase has it."""
+        return "decode" if max(rows for rows, _ in self.requests) <= DECODE_ROWS else "prefill"
 
     @property
     def exact(self) -> bool:

@@ -10,8 +10,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from dsa_portable.arrays import NUMPY_DTYPES
 from dsa_portable.batch import ARRAYS as BATCH_ARRAYS
 from dsa_portable.batch import Batch
+from dsa_portable.request import Request, attend_request, index_request
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -48,3 +50,20 @@ class Call:
 
     def __post_init__(self) -> None:
         assert set(self.batch) <= set(BATCH_ARRAYS)
+
+
+def request_of(call: Call) -> Request:
+    """The checked request that the operator would make of this call, for its features and results; no backend is asked."""
+    arguments: dict[str, Any] = {**call.arrays, **call.options, "batch": call.make_batch(), "index_space": "request"}
+    wants_out = arguments.pop("out", False)
+    optional: dict[str, Any] = (
+        {"k_scale": None, "k_layout": None, "return_scores": False, "sorted": True}
+        if call.operator == "lightning_index"
+        else {"attn_sink": None, "topk_length": None, "kv_layout": None, "return_lse": False}
+    )
+    build = index_request if call.operator == "lightning_index" else attend_request
+    request: Request = build(**{**optional, **arguments}, out=None)
+    if wants_out:
+        buffers = tuple(np.empty(shape, NUMPY_DTYPES[dtype]) for dtype, shape in request.results.values())
+        request = build(**{**optional, **arguments}, out=buffers)
+    return request

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from dsa_portable.arrays import NUMPY_DTYPES
+from dsa_portable.batch import DECODE_ROWS
 from dsa_portable.conformance.cases import values
 from dsa_portable.conformance.cases.call import Call
 from dsa_portable.conformance.cases.storage import Storage, flat, paged, share
@@ -49,6 +50,11 @@ class IndexCase:
     options: tuple[tuple[str, Any], ...] = ()  # return_scores, sorted, out
 
     operator = "lightning_index"
+
+    @property
+    def phase(self) -> str:
+        """`decode` or `prefill`, as Batch.phase has it."""
+        return "decode" if max(rows for rows, _ in self.requests) <= DECODE_ROWS else "prefill"
 
     @property
     def exact(self) -> bool:

@@ -1,0 +1,94 @@
+"""What a run has earned: a claim is operator x operand format x phase, and a level is granted per claim or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from dsa_portable.capability import FEATURES, Capabilities, Feature
+from dsa_portable.conformance import lists
+from dsa_portable.conformance.cases.call import Call, request_of
+from dsa_portable.conformance.cases.catalogue import Case
+from dsa_portable.conformance.report.schema import NOT_GRANTED_WITH, CaseResult, Claim, Evidence, ProfileEntry, Status, tally
+from dsa_portable.profile import ENVELOPES
+
+
+def features_of(case: Case, call: Call) -> dict[str, Any]:
+    """Feature -> value, for what the case's call uses."""
+    request = request_of(call)
+    used = {f.name: f.value(request) for f in FEATURES[case.operator]}
+    if case.operator == "sparse_attend" and getattr(case, "repeated", False):
+        used["repeated_indices"] = True
+    return {name: value for name, value in used.items() if value is not None}
+
+
+def undeclared(operator: str, used: Mapping[str, Any], capabilities: Capabilities) -> Feature | None:
+    """The first feature in use that the backend does not declare."""
+    declared = capabilities.get(operator, {})
+    return next((f for f in FEATURES[operator] if f.name in used and used[f.name] not in declared.get(f.name, ())), None)
+
+
+def required(operator: str, used: Mapping[str, Any], capabilities: Capabilities) -> bool:
+    """True where the claim falls without the case: it uses only required features, and of a set of alternatives one that is declared."""
+    declared = capabilities.get(operator, {})
+    for feature in FEATURES[operator]:
+        if feature.name == "format" or feature.name not in used:
+            continue
+        if used[feature.name] not in feature.required:
+            return False
+        offered = declared.get(feature.name, ())
+        if used[feature.name] not in offered and any(value in offered for value in feature.required):
+            return False
+    return True
+
+
+def claims(
+    rows: Sequence[CaseResult],
+    used: Mapping[str, Mapping[str, Any]],
+    capabilities: Capabilities,
+    profiles: Iterable[ProfileEntry],
+    evidence: Evidence,
+    frozen: lists.FrozenList,
+) -> list[Claim]:
+    """One claim for each declared format and phase that the list has cases of; `used` holds the features of the cases that ran."""
+    result = []
+    for profile in profiles:
+        key = (profile.operator, profile.format, profile.phase)
+        mine = [row for row in rows if (row.operator, row.format, row.phase) == key]
+        reason = _obstacle(mine, used, capabilities, profile, evidence, frozen)
+        level = None if reason else f"{frozen.name} {profile.envelope}"
+        result.append(Claim(operator=key[0], format=key[1], phase=key[2], envelope=profile.envelope, level=level, reason=reason, counts=tally(mine)))
+    return result
+
+
+def _obstacle(
+    rows: Sequence[CaseResult],
+    used: Mapping[str, Mapping[str, Any]],
+    capabilities: Capabilities,
+    profile: ProfileEntry,
+    evidence: Evidence,
+    frozen: lists.FrozenList,
+) -> str:
+    """Why the claim has no level, or the empty string."""
+    counts = tally(rows)
+    if spoilt := [f"{counts[status]} {status}" for status in NOT_GRANTED_WITH if counts[status]]:
+        return f"{', '.join(spoilt)} of {len(rows)} cases"
+    if frozen.level not in lists.GRANTING:
+        return f"the list {frozen.name} grants no level"
+    if profile.envelope is None:
+        return f"the declared profile lies in no envelope ({', '.join(ENVELOPES)})"
+    if evidence is not Evidence.HARDWARE:
+        return f"evidence is {evidence}"
+    declared = capabilities.get(profile.operator, {})
+    passed = [used[row.id] for row in rows if row.status is Status.PASS]
+    for feature in FEATURES[profile.operator]:
+        if feature.required and not any(value in declared.get(feature.name, ()) for value in feature.required):
+            return f"required feature '{feature.name}' is not declared"
+        covered = [features for features in passed if features.get(feature.name) in feature.required]
+        if feature.required and not covered and any(feature.name in used[r.id] for r in rows if r.id in used):
+            return f"no case of required feature '{feature.name}' passed"
+    if lacking := [row.id for row in rows if row.claim_required and row.status is Status.UNSUPPORTED]:
+        return f"required case {lacking[0]} is not supported"
+    if profile.operator == "lightning_index" and not any(row.selective_rows for row in rows if row.status is Status.PASS):
+        return "no passed case has a selective row, so nothing is proven about selection"
+    return ""

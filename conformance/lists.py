@@ -1,0 +1,74 @@
+"""A list is frozen: case ids with the sha256 of their inputs, dated, hashed, kept in lists/*.json. A run names one.
+
+`python -m dsa_portable.conformance.lists` writes the lock files anew from the catalogue; a released list is never rewritten, a new
+date is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from dsa_portable.backend import CONTRACT_VERSION
+from dsa_portable.conformance.cases.catalogue import CASES, LISTS
+from dsa_portable.errors import DSAError
+
+DATE = "2026.11"
+# Which lists may grant a level; smoke never does.
+GRANTING = ("core",)
+
+
+class ListError(DSAError, ValueError):
+    """A list that does not exist, a case that is not on it, or a lock file that does not match the cases."""
+
+
+@dataclass(frozen=True)
+class FrozenList:
+    """`cases` maps each id, in order, to the sha256 of its inputs; `sha256` is that of the list itself."""
+
+    name: str
+    level: str
+    cases: Mapping[str, str]
+    sha256: str
+
+
+def _hash(name: str, cases: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps([name, CONTRACT_VERSION, list(cases.items())]).encode()).hexdigest()
+
+
+def load(level: str) -> FrozenList:
+    """The frozen list of this level. Raises ListError where there is none, or where it names cases the catalogue lacks."""
+    path = files("dsa_portable.conformance").joinpath("lists", f"{level}.json")
+    if level not in LISTS or not path.is_file():
+        raise ListError(f"level {level!r} has no list, but {', '.join(LISTS)} have; name one with --level.")
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    cases = {entry["id"]: entry["inputs_sha256"] for entry in stored["cases"]}
+    if stored["sha256"] != _hash(stored["name"], cases) or tuple(cases) != LISTS[level]:
+        raise ListError(f"the lock file of {stored['name']} does not match the cases of this version; reinstall the package.")
+    return FrozenList(stored["name"], level, cases, stored["sha256"])
+
+
+def inputs_sha256(case_id: str) -> str:
+    """Of one case's inputs, built now."""
+    return CASES[case_id].build().sha256()
+
+
+def freeze(level: str) -> dict[str, object]:
+    """The lock file's content, from the catalogue as it is."""
+    name = f"{level}-{DATE}"
+    with ProcessPoolExecutor() as pool:
+        hashes = dict(zip(LISTS[level], pool.map(inputs_sha256, LISTS[level], chunksize=4), strict=True))
+    cases = [{"id": id, "inputs_sha256": sha} for id, sha in hashes.items()]
+    return {"name": name, "contract": CONTRACT_VERSION, "sha256": _hash(name, hashes), "cases": cases}
+
+
+if __name__ == "__main__":
+    for level in LISTS:
+        target = Path(__file__).parent / "lists" / f"{level}.json"
+        target.write_text(json.dumps(freeze(level), indent=1) + "\n", encoding="utf-8")
+        print(f"{target.name}: {len(LISTS[level])} cases")

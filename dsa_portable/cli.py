@@ -1,0 +1,158 @@
+"""The `dsa-portable` command: which backends there are, the conformance run, the ONNX export. Errors are one line and an exit code.
+
+Exit codes: 0 no failure; 1 a failure; 2 usage or harness; 3 nothing or not everything executed; 4 backend unavailable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import dsa_portable
+from dsa_portable import registry
+from dsa_portable.capability import FEATURES
+from dsa_portable.errors import BackendError, DSAError, InvalidArgument
+
+USAGE, INCOMPLETE, UNAVAILABLE = 2, 3, 4
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit with its code."""
+    options = _parser().parse_args(arguments)
+    try:
+        code = options.run(options)
+    except BackendError as exc:
+        code = _say_error(exc, UNAVAILABLE, options.traceback)
+    except DSAError as exc:
+        code = _say_error(exc, USAGE, options.traceback)
+    except ModuleNotFoundError as exc:
+        if exc.name not in ("pydantic", "onnx", "onnxruntime"):
+            raise
+        code = _say_error(f"{exc.name} is not installed; run: pip install 'dsa-portable[cpu]'", USAGE, options.traceback)
+    except KeyboardInterrupt:
+        code = _say_error("interrupted before the first case", INCOMPLETE, options.traceback)
+    except BrokenPipeError:
+        code = USAGE
+    sys.exit(code)
+
+
+def _say_error(error: object, code: int, traceback: bool) -> int:
+    if traceback and isinstance(error, BaseException):
+        raise error
+    print(f"dsa-portable: {error}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dsa-portable", description="DeepSeek Sparse Attention: backends and conformance.")
+    parser.add_argument("--version", action="version", version=f"dsa-portable {dsa_portable.__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    backends = commands.add_parser("backends", help="list all backends: available or why not, and what each declares")
+    backends.set_defaults(run=_backends)
+
+    run = commands.add_parser("conformance", help="run the conformance suite on a backend and write its report")
+    run.add_argument("--backend", help="name; default: DSA_BACKEND, else cpu")
+    run.add_argument("--level", default="core", help="the list to run: smoke or core (default core)")
+    run.add_argument("--out", type=Path, default=Path("dsa-report"), help="report directory (default dsa-report)")
+    run.add_argument("--case", action="append", default=[], metavar="ID", help="run this case alone; may be repeated")
+    run.add_argument("--list-cases", action="store_true", help="print the list's case ids and what each is for, and stop")
+    run.add_argument("--resume", action="store_true", help="go on with the interrupted run in the report directory")
+    run.add_argument("--timeout-scale", type=float, default=1.0, metavar="X", help="multiply every time limit")
+    run.add_argument("--emulate", metavar="CHIP", help="let the backend stand in for a chip; the evidence is then EMULATED")
+    run.set_defaults(run=_conformance)
+
+    export = commands.add_parser("export", help="write the CPU backend's operators as ONNX models")
+    export.add_argument("what", choices=["onnx"])
+    export.add_argument("directory", type=Path)
+    export.set_defaults(run=_export)
+    return parser
+
+
+def _terminated(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _conformance(options: argparse.Namespace) -> int:
+    lists = importlib.import_module("dsa_portable.conformance.lists")
+    if options.list_cases:
+        catalogue = importlib.import_module("dsa_portable.conformance.cases.catalogue")
+        for case_id in lists.load(options.level).cases:
+            print(f"{case_id}\n    {catalogue.CASES[case_id].why} [{', '.join(catalogue.CASES[case_id].hazards)}]")
+        return 0
+    # A CI job that is cancelled sends SIGTERM; it leaves a report of what was done, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, _terminated)
+    if registry.requested(options.backend) is None:
+        print("no backend named (--backend, DSA_BACKEND): this run is of the cpu backend")
+    report = dsa_portable.conformance(
+        backend=options.backend,
+        level=options.level,
+        out=options.out,
+        cases=options.case,
+        resume=options.resume,
+        timeout_scale=options.timeout_scale,
+        emulate=options.emulate,
+        say=lambda line: print(line, flush=True),
+        command=shlex.join(["dsa-portable", *sys.argv[1:]]),
+    )
+    return int(report.exit_code)
+
+
+def _backends(options: argparse.Namespace) -> int:
+    for status in registry.backends():
+        backend = status.backend
+        version = f" {backend.version}" if backend else ""
+        print(f"{status.name}{version}: {'available' if status.available else 'unavailable'}")
+        if backend is not None:
+            chosen = "" if backend.auto else "; only by name"
+            print(f"  arrays      {backend.arrays} on {', '.join(backend.devices)}{chosen}; contract {backend.contract}")
+        if status.device is not None:
+            versions = ", ".join(f"{name} {value}" for name, value in status.device.versions.items())
+            print(f"  device      {status.device.count} x {status.device.chip} ({status.device.driver}); {versions}")
+        else:
+            print(f"  reason      {status.reason}")
+            if backend is not None and backend.install not in status.reason:
+                print(f"  cure        {backend.install}")
+        if backend is not None:
+            _print_declared(backend.capabilities(status.device))
+    return 0
+
+
+def _print_declared(capabilities: Any) -> None:
+    for operator, features in FEATURES.items():
+        declared = capabilities.get(operator, {})
+        offered = [f"{f.name}={_values(declared[f.name])}" for f in features if f.name in declared]
+        missing = [f.name for f in features if f.name not in declared]
+        print(f"  {operator}: {'; '.join(offered) or 'nothing'}{'; not offered: ' + ', '.join(missing) if missing else ''}")
+
+
+def _values(values: Any) -> str:
+    return (
+        "yes"
+        if values == (True,)
+        else ",".join(str(v) for v in values)
+        if isinstance(values, (tuple, list, frozenset))
+        else repr(values)
+    )
+
+
+def _export(options: argparse.Namespace) -> int:
+    graphs = Path(importlib.import_module("dsa_portable.backends.cpu").__file__ or "").parent / "graphs"
+    models = sorted(path for path in graphs.glob("*.onnx") if path.name.count(".") > 1)
+    try:
+        options.directory.mkdir(parents=True, exist_ok=True)
+        for model in models:
+            shutil.copyfile(model, options.directory / model.name)
+            print(options.directory / model.name)
+    except OSError as exc:
+        raise InvalidArgument(f"{options.directory} cannot be written ({exc.strerror}); name a directory that can.") from exc
+    return 0
