@@ -57,7 +57,17 @@ def claims(
         mine = [row for row in rows if (row.operator, row.format, row.phase) == key]
         reason = _obstacle(mine, used, capabilities, profile, evidence, frozen)
         level = None if reason else f"{frozen.name} {profile.envelope}"
-        result.append(Claim(operator=key[0], format=key[1], phase=key[2], envelope=profile.envelope, level=level, reason=reason, counts=tally(mine)))
+        result.append(
+            Claim(
+                operator=key[0],
+                format=key[1],
+                phase=key[2],
+                envelope=profile.envelope,
+                level=level,
+                reason=reason,
+                counts=tally(mine),
+            )
+        )
     return result
 
 

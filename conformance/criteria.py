@@ -37,7 +37,16 @@ def dot_gamma(accumulator: Accumulator, length: int, extra: int = 0) -> float:
 
 
 def score_bound(
-    profile: Profile, scores: Float64, weighted: Float64, magnitude: Float64, *, heads: int, dim: int, dots_exact: bool, exact: bool, flushed: Float64 | float = 0.0
+    profile: Profile,
+    scores: Float64,
+    weighted: Float64,
+    magnitude: Float64,
+    *,
+    heads: int,
+    dim: int,
+    dots_exact: bool,
+    exact: bool,
+    flushed: Float64 | float = 0.0,
 ) -> Float64:
     """eps_j of judging 3.1: |computed - true score| for every order of summation the profile allows.
 
@@ -119,7 +128,10 @@ def attention_bound(profile: Profile, row: Row, dtype: str) -> RowBound:
     """Bound (B) and lse bound (L) of one row."""
     q, kv, p, out, lse = row.q, row.kv, row.p, row.out, row.lse
     count, dim = kv.shape
-    u_acc, u_kv = profile.accumulator.unit_roundoff, UNIT_ROUNDOFF[profile.kv_compute] if profile.kv_compute != "float32" else 0.0
+    u_acc, u_kv = (
+        profile.accumulator.unit_roundoff,
+        UNIT_ROUNDOFF[profile.kv_compute] if profile.kv_compute != "float32" else 0.0,
+    )
     u_p = UNIT_ROUNDOFF[profile.p] if profile.p != "float32" else 0.0
     magnitudes = row.softmax_scale * (abs(q) @ abs(kv).T).max(axis=1)
     factor = dot_gamma(profile.accumulator, dim, EXTRA_OPERATIONS) + u_kv

@@ -68,7 +68,9 @@ def index_scores(call: Call, profile: Profile) -> dict[int, Float32]:
     return scores
 
 
-def attention(q: Array, kv: Array, softmax_scale: float, value_dim: int, sink: Array | None, profile: Profile) -> tuple[Array, Array]:
+def attention(
+    q: Array, kv: Array, softmax_scale: float, value_dim: int, sink: Array | None, profile: Profile
+) -> tuple[Array, Array]:
     """(out [Hq, value_dim] in q's dtype, lse [Hq]) of one row over all of kv [n >= 1, Dqk], given in float64."""
     keys = rounded(kv, profile.kv_compute)
     logits = rounded(dot(q, keys, profile.accumulator) * np.float32(softmax_scale), profile.logit)

@@ -135,8 +135,15 @@ class _Index:
         _, heads, dim = self.call.arrays["q"].shape
         exact_dots = self.call.arrays["q"].dtype == np.int8 and self.profile.accumulator.bits >= 24
         bound = criteria.score_bound(
-            self.profile, scores, weighted, magnitude,
-            heads=heads, dim=dim, dots_exact=exact_dots, exact=self.case.exact, flushed=self._flushed(row, start, len(scores)),
+            self.profile,
+            scores,
+            weighted,
+            magnitude,
+            heads=heads,
+            dim=dim,
+            dots_exact=exact_dots,
+            exact=self.case.exact,
+            flushed=self._flushed(row, start, len(scores)),
         )
         chosen = self.indices[row, : min(self.topk, len(scores))].astype(np.int64) - start
         if len(scores) > self.topk:
@@ -172,7 +179,10 @@ class _Index:
             self.verdict.fail(
                 f"row {row}: the set is no top {self.topk}: position {lost + start} (rank {rank}, score {scores[lost]:.9g}) was left "
                 f"out for one of score {scores[chosen].min():.9g}; margin v = {v:.3g}, allowed 1; {exchanged} keys exchanged",
-                row=row, first_position=start, true_scores=scores, bound=bound,
+                row=row,
+                first_position=start,
+                true_scores=scores,
+                bound=bound,
             )
 
     def _returned(self, row: int, start: int, scores: Array, bound: Array, chosen: Array, emulated: Array) -> None:
@@ -188,7 +198,10 @@ class _Index:
             at = int(np.argmax(bad))
             self.verdict.fail(
                 f"row {row}, position {chosen[at] + start}: score is {got[at]:.9g}, expected {scores[chosen[at]]:.9g} within {allowed[at]:.3g}",
-                row=row, first_position=start, true_scores=scores, bound=bound,
+                row=row,
+                first_position=start,
+                true_scores=scores,
+                bound=bound,
             )
         self.square_error += float((error**2).sum())
         self.square_score += float((scores[chosen] ** 2).sum())
@@ -212,7 +225,9 @@ class _Index:
             allowed = criteria.score_error_limit(own, self.profile, typical)
             metrics |= {"score_rms_error": error, "score_rms_emulated": own, "score_rms_limit": allowed}
             if not error <= allowed:
-                verdict.fail(f"RMS error of returned scores is {error:.4g}, where the emulator has {own:.4g} and {allowed:.4g} is allowed")
+                verdict.fail(
+                    f"RMS error of returned scores is {error:.4g}, where the emulator has {own:.4g} and {allowed:.4g} is allowed"
+                )
 
     def _largest_dot(self) -> float:
         largest = 0.0
@@ -257,7 +272,9 @@ class _Attend:
             bias, own = self.along / self.energy, self.along_emulated / self.energy
             self.verdict.metrics |= {"slope": bias, "slope_emulated": own}
             if not abs(bias - own) < criteria.SLOPE:
-                self.verdict.fail(f"bias slope is {bias:.3g}, the emulator's {own:.3g}, and {criteria.SLOPE} between them is allowed")
+                self.verdict.fail(
+                    f"bias slope is {bias:.3g}, the emulator's {own:.3g}, and {criteria.SLOPE} between them is allowed"
+                )
 
     def _empty(self, row: int, kind: str) -> None:
         if not (self.out[row] == 0).all():
@@ -277,7 +294,11 @@ class _Attend:
             expected = truth.astype(self.out.dtype)
             if not np.array_equal(self.out[row], expected):
                 head, column = np.argwhere(~(self.out[row] == expected))[0]
-                self.verdict.fail(f"row {row}, head {head}, column {column}: out is {self.out[row][head, column]}, expected exactly {expected[head, column]}", row=row, true_out=truth)
+                self.verdict.fail(
+                    f"row {row}, head {head}, column {column}: out is {self.out[row][head, column]}, expected exactly {expected[head, column]}",
+                    row=row,
+                    true_out=truth,
+                )
         else:
             self._bound(row, got, truth, bound.out)
             floor = criteria.error_floor(self.profile, facts, self.dtype)
@@ -294,12 +315,16 @@ class _Attend:
             self.verdict.fail(
                 f"row {row}, head {head}, column {column}: out is {got[head, column]:.9g}, expected {truth[head, column]:.9g} within "
                 f"{allowed[head, column]:.3g}, a proven bound",
-                row=row, true_out=truth, bound=allowed,
+                row=row,
+                true_out=truth,
+                bound=allowed,
             )
 
     def _ratio(self, row: int, kv: Array, got: Array, truth: Array, sink: Array | None, floor: Array) -> None:
         options = self.call.options
-        own, _ = emulator.attention(self.call.arrays["q"][row], kv, options["softmax_scale"], options["value_dim"], sink, self.profile)
+        own, _ = emulator.attention(
+            self.call.arrays["q"][row], kv, options["softmax_scale"], options["value_dim"], sink, self.profile
+        )
         own = own.astype(np.float64)
         size, error, yardstick = (np.linalg.norm(x, axis=1) for x in (truth, got - truth, own - truth))
         allowed = np.maximum(yardstick, floor)
@@ -311,7 +336,10 @@ class _Attend:
             self.verdict.fail(
                 f"row {row}, head {head}: RMS error is {ratio[head]:.3g} times the emulator's, allowed {criteria.KAPPA:g} "
                 f"(relative error {error[head] / size[head] if size[head] else np.inf:.3g})",
-                row=row, true_out=truth, emulated_out=own, allowed_norm=criteria.KAPPA * allowed,
+                row=row,
+                true_out=truth,
+                emulated_out=own,
+                allowed_norm=criteria.KAPPA * allowed,
             )
         self.energy += float((truth * truth).sum())
         self.along += float(((got - truth) * truth).sum())
@@ -323,4 +351,9 @@ class _Attend:
         self.verdict.worst("lse_error_over_bound", float(np.nan_to_num(error / allowed, nan=np.inf).max()))
         if not (error <= allowed).all():
             head = int(np.argmax(~(error <= allowed)))
-            self.verdict.fail(f"row {row}, head {head}: lse is {self.lse[row][head]:.9g}, expected {truth[head]:.9g} within {allowed[head]:.3g}", row=row, true_lse=truth, bound=allowed)
+            self.verdict.fail(
+                f"row {row}, head {head}: lse is {self.lse[row][head]:.9g}, expected {truth[head]:.9g} within {allowed[head]:.3g}",
+                row=row,
+                true_lse=truth,
+                bound=allowed,
+            )

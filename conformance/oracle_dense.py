@@ -25,7 +25,9 @@ def _owner_of_places(call: Call, count: int) -> Array:
                 candidates = [place - int(call.batch["cu_seqlens_k"][r])]
             else:
                 size = int(call.batch_options["page_size"])
-                candidates = [int(p) * size + place % size for p in np.flatnonzero(call.batch["block_table"][r] == place // size)]
+                candidates = [
+                    int(p) * size + place % size for p in np.flatnonzero(call.batch["block_table"][r] == place // size)
+                ]
             for candidate in candidates:
                 if 0 <= candidate < length:
                     position[r, place] = candidate

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -33,7 +32,17 @@ from dsa_portable.conformance.cases.call import Call
 from dsa_portable.conformance.cases.catalogue import CASES, Case
 from dsa_portable.conformance.judge import Verdict, judge
 from dsa_portable.conformance.report import schema, terminal, write
-from dsa_portable.conformance.report.schema import BackendRef, CaseResult, DeviceRef, Evidence, ListRef, ProfileEntry, Report, Run, Status
+from dsa_portable.conformance.report.schema import (
+    BackendRef,
+    CaseResult,
+    DeviceRef,
+    Evidence,
+    ListRef,
+    ProfileEntry,
+    Report,
+    Run,
+    Status,
+)
 from dsa_portable.errors import BackendError, DeviceUnavailable, DSAError
 from dsa_portable.profile import envelope
 
@@ -95,7 +104,9 @@ class Worker:
         try:
             line = self.lines.get(timeout=seconds * self.scale)
         except queue.Empty:
-            raise WorkerLost(f"no answer within {seconds * self.scale:g} s: it hangs, or --timeout-scale is too small here") from None
+            raise WorkerLost(
+                f"no answer within {seconds * self.scale:g} s: it hangs, or --timeout-scale is too small here"
+            ) from None
         if line:
             reply: dict[str, Any] = json.loads(line)
             return reply
@@ -151,8 +162,16 @@ def run(
 
 class _Session:
     def __init__(
-        self, backend: str | None, level: str, out: Path, cases: tuple[str, ...], resume: bool, scale: float,
-        emulate: str | None, say: Callable[[str], None], command: str,
+        self,
+        backend: str | None,
+        level: str,
+        out: Path,
+        cases: tuple[str, ...],
+        resume: bool,
+        scale: float,
+        emulate: str | None,
+        say: Callable[[str], None],
+        command: str,
     ) -> None:
         if not (scale > 0 and np.isfinite(scale)):
             raise UsageError(f"--timeout-scale is {scale}, but a positive number is accepted; pass one.")
@@ -215,8 +234,13 @@ class _Session:
 
     def _identity(self) -> dict[str, Any]:
         return {
-            "list": self.frozen.sha256, "backend": self.name, "version": self.declaration.version, "device": asdict(self.device),
-            "suite": environment.fingerprint().suite_version, "emulate": self.emulate, "variables": environment.variables(),
+            "list": self.frozen.sha256,
+            "backend": self.name,
+            "version": self.declaration.version,
+            "device": asdict(self.device),
+            "suite": environment.fingerprint().suite_version,
+            "emulate": self.emulate,
+            "variables": environment.variables(),
         }
 
     def _open_journal(self) -> None:
@@ -240,7 +264,9 @@ class _Session:
         except json.JSONDecodeError:
             before = {}
         if different := [key for key in identity if before.get(key) != json.loads(json.dumps(identity[key]))]:
-            raise UsageError(f"the run in {self.out} had another {', '.join(different)}; resume it as it was, or start anew elsewhere.")
+            raise UsageError(
+                f"the run in {self.out} had another {', '.join(different)}; resume it as it was, or start anew elsewhere."
+            )
         for line in lines[1:]:
             try:
                 entry = json.loads(line)
@@ -393,13 +419,21 @@ class _Session:
         if not executed:
             return Evidence.EMULATED, "no call has reached the chip"
         if unreached:
-            return Evidence.EMULATED, f"no work was seen on the chip in {len(unreached)} of {len(executed)} cases, {unreached[0]} first"
+            return (
+                Evidence.EMULATED,
+                f"no work was seen on the chip in {len(unreached)} of {len(executed)} cases, {unreached[0]} first",
+            )
         return Evidence.HARDWARE, "the probe named chip and driver, and every call was seen to reach the chip"
 
     def _backend_ref(self) -> BackendRef:
         b = self.declaration
         return BackendRef(
-            name=b.name, version=b.version, requested=self.requested or "", resolved=self.hello["resolved"], arrays=b.arrays, contract=b.contract
+            name=b.name,
+            version=b.version,
+            requested=self.requested or "",
+            resolved=self.hello["resolved"],
+            arrays=b.arrays,
+            contract=b.contract,
         )
 
     def _device_ref(self) -> DeviceRef:
@@ -412,7 +446,12 @@ class _Session:
         executed = schema.executed(self.rows.values())
         ref = ListRef(name=self.frozen.name, sha256=self.frozen.sha256, cases=len(self.frozen.cases), executed=executed)
         return SimpleNamespace(
-            backend=self._backend_ref(), list=ref, device=self._device_ref(), evidence=evidence, evidence_reason=reason, emulates=self.emulate
+            backend=self._backend_ref(),
+            list=ref,
+            device=self._device_ref(),
+            evidence=evidence,
+            evidence_reason=reason,
+            emulates=self.emulate,
         )
 
     def _profiles(self) -> list[ProfileEntry]:
@@ -423,7 +462,11 @@ class _Session:
             if key not in found and case.format in self.capabilities.get(case.operator, {}).get("format", ()):
                 profile = self.declaration.profile(self.device, *key)
                 found[key] = ProfileEntry(
-                    operator=key[0], format=key[1], phase=key[2], envelope=envelope(case.operator, profile), profile=asdict(profile)
+                    operator=key[0],
+                    format=key[1],
+                    phase=key[2],
+                    envelope=envelope(case.operator, profile),
+                    profile=asdict(profile),
                 )
         return list(found.values())
 

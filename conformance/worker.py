@@ -31,7 +31,9 @@ from dsa_portable.conformance.cases.catalogue import CASES
 from dsa_portable.conformance.environment import peak_memory
 from dsa_portable.errors import BackendError, Unsupported
 
-REFERENCES = frozenset(f"dsa_portable.conformance.{name}" for name in ("oracle", "oracle_dense", "emulator", "criteria", "judge"))
+REFERENCES = frozenset(
+    f"dsa_portable.conformance.{name}" for name in ("oracle", "oracle_dense", "emulator", "criteria", "judge")
+)
 # How many NaN-filled buffers of each output's size are left for the backend's allocator to hand out again.
 STALE_BUFFERS = 3
 
@@ -100,7 +102,11 @@ class Runner:
         returned = returned if isinstance(returned, tuple) else (returned,)
         answer["reached"] = answer["worked"] and all(device_name(array) in self.backend.devices for array in returned)
         if len(returned) != len(results):
-            return answer | {"status": "done", "outputs_sha256": None, "malformed": f"{len(returned)} arrays for {', '.join(results)}"}
+            return answer | {
+                "status": "done",
+                "outputs_sha256": None,
+                "malformed": f"{len(returned)} arrays for {', '.join(results)}",
+            }
         outputs = {name: np.array(get(array)) for name, array in zip(results, returned, strict=True)}
         answer["outputs_sha256"] = outputs_sha256(outputs)
         arrays_file.save(self.scratch / f"{case_id}.npz", outputs)

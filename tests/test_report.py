@@ -14,6 +14,8 @@ from xml.etree import ElementTree
 import jsonschema  # type: ignore[import-untyped]
 import numpy as np
 import pytest
+from pydantic import ValidationError
+
 from dsa_portable.conformance.report.junit import junit
 from dsa_portable.conformance.report.markdown import summary
 from dsa_portable.conformance.report.schema import (
@@ -34,8 +36,6 @@ from dsa_portable.conformance.report.schema import (
 )
 from dsa_portable.conformance.report.terminal import header, table
 from dsa_portable.conformance.report.write import ReportDirectoryError, prepare, write
-from pydantic import ValidationError
-
 from dsa_portable.errors import DSAError
 
 SCHEMA = Path(__file__).parents[1] / "docs" / "report.schema.json"

@@ -6,10 +6,10 @@ import time
 from itertools import product
 
 import numpy as np
-from dsa_portable.backends.cpu.settings import probe
 
 from dsa_portable import profile
 from dsa_portable.backend import Backend, Device
+from dsa_portable.backends.cpu.settings import probe
 from dsa_portable.capability import ANY, YES, Capabilities
 from dsa_portable.formats import LAYOUTS
 

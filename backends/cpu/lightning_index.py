@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
+
 from dsa_portable.backends.cpu import settings
 from dsa_portable.backends.cpu.rows import index_keys, places, widen
-
 from dsa_portable.request import IndexRequest
 
 Array: TypeAlias = np.ndarray[Any, Any]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from dsa_portable.backends.cpu.settings import Float32
 
 

@@ -10,6 +10,7 @@ from importlib.resources import files
 
 import numpy as np
 import onnxruntime
+
 from dsa_portable.backends.cpu.settings import Float32
 
 

@@ -6,8 +6,8 @@ from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
-from dsa_portable.backends.cpu.settings import Float32
 
+from dsa_portable.backends.cpu.settings import Float32
 from dsa_portable.batch import Batch
 from dsa_portable.formats import layout, unpack
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, TypeAlias
 
 import numpy as np
+
 from dsa_portable.backends.cpu import settings
 from dsa_portable.backends.cpu.rows import attention_rows, places, widen
-
 from dsa_portable.request import AttendRequest
 
 Array: TypeAlias = np.ndarray[Any, Any]

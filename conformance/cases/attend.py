@@ -132,7 +132,9 @@ class AttendCase:
             entries[self.topk - len(kept) :] = kept
         elif row % 3 == 1:
             entries[:] = np.array([*INVALID, keys, keys + 5])[np.arange(self.topk) % 7]
-            seats = np.sort(values.subset(f"{name}/seats", self.topk, count if self.logits == "mean" else min(count, self.topk * 3 // 4)))
+            seats = np.sort(
+                values.subset(f"{name}/seats", self.topk, count if self.logits == "mean" else min(count, self.topk * 3 // 4))
+            )
             entries[seats] = chosen[: len(seats)]
         else:
             entries[:count] = chosen
@@ -172,7 +174,11 @@ class AttendCase:
         tiles = (len(used), value // layout.tile)
         small = layout.value_dtype.name == "int8"
         latent = body[:, :value] if self.exact else body[:, :value] * (0.25 if small else 1.0)
-        scale = np.ones(tiles) if self.exact else values.scales(f"{name}/scale", tiles, layout.power_of_two) * (2.0**-3 if small else 2.0**-5)
+        scale = (
+            np.ones(tiles)
+            if self.exact
+            else values.scales(f"{name}/scale", tiles, layout.power_of_two) * (2.0**-3 if small else 2.0**-5)
+        )
         rope = body[:, value:] if self.exact else body[:, value:] * 2.0**-7
         parts = (values.cast(latent, layout.value_dtype.name), scale.astype(np.float32), values.cast(rope, "bfloat16"))
         return [_scatter(part, used, keys) for part in parts]

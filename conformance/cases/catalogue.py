@@ -177,7 +177,19 @@ CASES: Mapping[str, Case] = MappingProxyType({case.id: case for case in (*_index
 
 # The smoke list: the headline formats on every template that is neither long nor a repetition; seconds on a CPU, never a badge.
 _SMOKE_FORMATS = (HEADLINE, "bf16", "v32_fp8_656_nsr")
-_SMOKE_OMITS = ("-long", "-paged128", "-heads16", "-page1", "-page16", "-page256", "-topk4096", "-dim64", "-heads8", "-dim512", "-pow2")
+_SMOKE_OMITS = (
+    "-long",
+    "-paged128",
+    "-heads16",
+    "-page1",
+    "-page16",
+    "-page256",
+    "-topk4096",
+    "-dim64",
+    "-heads8",
+    "-dim512",
+    "-pow2",
+)
 LISTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "smoke": tuple(c.id for c in CASES.values() if c.format in _SMOKE_FORMATS and not c.id.endswith(_SMOKE_OMITS)),

@@ -9,7 +9,6 @@ from pathlib import Path
 from dsa_portable.conformance.report.junit import junit
 from dsa_portable.conformance.report.markdown import summary
 from dsa_portable.conformance.report.schema import Report, to_json
-
 from dsa_portable.errors import DSAError
 
 # report.json comes last: where it is new, the others are.
