@@ -20,9 +20,10 @@ def save(path: Path, arrays: Arrays, *, compress: bool = False) -> None:
     for name, array in arrays.items():
         native = array.dtype.kind in "biuf"
         stored[name if native else f"{name}@{array.dtype.name}"] = array if native else array.view(f"u{array.dtype.itemsize}")
+    write: Any = np.savez_compressed if compress else np.savez
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(aside, "wb") as file:
-        (np.savez_compressed if compress else np.savez)(file, **stored)
+        write(file, **stored)
     os.replace(aside, path)
 
 

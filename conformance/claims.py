@@ -29,7 +29,7 @@ def undeclared(operator: str, used: Mapping[str, Any], capabilities: Capabilitie
 
 
 def required(operator: str, used: Mapping[str, Any], capabilities: Capabilities) -> bool:
-    """True where the claim falls without the case: it uses only required features, and of a set of alternatives one that is declared."""
+    """True where the claim falls without the case: it uses only required features, and of alternatives one that is declared."""
     declared = capabilities.get(operator, {})
     for feature in FEATURES[operator]:
         if feature.name == "format" or feature.name not in used:
@@ -50,7 +50,7 @@ def claims(
     evidence: Evidence,
     frozen: lists.FrozenList,
 ) -> list[Claim]:
-    """One claim for each declared format and phase that the list has cases of; `used` holds the features of the cases that ran."""
+    """One claim for each declared format and phase that the list has cases of; `used` has the features of cases that ran."""
     result = []
     for profile in profiles:
         key = (profile.operator, profile.format, profile.phase)

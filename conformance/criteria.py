@@ -1,10 +1,11 @@
 """What is allowed: the top-k certificate, the population check, and the four attention checks. docs/judging.md derives each.
 
-The constants were set on the honest population that is stored with the planted faults; a vendor may widen a profile, never these.
+The constants were set on the honest population that is stored with the planted faults; a vendor may widen a profile, not these.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -69,8 +70,9 @@ def score_bound(
 def margin(scores: Float64, bound: Float64, selected: Array) -> float | None:
     """v = max over selected i and unselected j of (s_j - s_i) / (eps_i + eps_j): the certificate holds iff v <= 1.
 
-    None where nothing is unselected. Where eps is 0 on both sides v is 0 or inf. Found by Dinkelbach's iteration: each step solves
-    the separable problem max(s_j - v eps_j) - min(s_i + v eps_i) and the ratio at its solution rises to the maximum.
+    None where nothing is selected or nothing unselected. Where eps is 0 on both sides v is 0 or +-inf. Found by Dinkelbach's
+    iteration: each step solves the separable problem max(s_j - v eps_j) - min(s_i + v eps_i), and the ratio at its solution
+    rises to the maximum.
     """
     chosen = np.zeros(len(scores), bool)
     chosen[selected] = True
@@ -95,7 +97,7 @@ def margin(scores: Float64, bound: Float64, selected: Array) -> float | None:
 
 def exchanged_limit(emulated: int) -> float:
     """Judging 3.2: keys exchanged against the float64 set over all selective rows of a case, given the emulator's number."""
-    return 4 * emulated + 3 * emulated**0.5 + 2
+    return 4 * emulated + 3 * math.sqrt(emulated) + 2
 
 
 def score_error_limit(emulated: float, profile: Profile, typical: float) -> float:
@@ -161,13 +163,15 @@ def error_floor(profile: Profile, row: Row, dtype: str) -> Float64:
     """[Hq], judging 4.2: the error per head below which no backend is accused, however lucky the emulator was.
 
     Half an output rounding or eight additions of the whole; or what the rounding of the logits leaves if it is a random walk:
-    tau_j = u * sqrt(D) * |scale * q * k_j|, error = sqrt(sum (p_j tau_j |v_j - o|)^2). It rules where few keys share the softmax.
+    tau_j = u * sqrt(D) * |scale * q * k_j|, error = sqrt(sum (p_j tau_j |v_j - o|)^2), which rules where few keys share the
+    softmax.
     """
     u_acc, v, out = profile.accumulator.unit_roundoff, row.kv[:, : row.value_dim], row.out
     walk = u_acc * u_acc * row.kv.shape[1] * row.softmax_scale**2 * ((row.q * row.q) @ (row.kv * row.kv).T)
     distance = (v * v).sum(axis=1) - 2 * (out @ v.T) + (out * out).sum(axis=1, keepdims=True)
     logits = np.sqrt((row.p * row.p * walk * np.maximum(distance, 0)).sum(axis=1))
-    return np.maximum(max(UNIT_ROUNDOFF[dtype] / 2, 8 * u_acc) * np.linalg.norm(out, axis=1), logits)
+    whole = max(UNIT_ROUNDOFF[dtype] / 2, 8 * u_acc) * np.linalg.norm(out, axis=1)
+    return np.asarray(np.maximum(whole, logits))
 
 
 def slope(out: Float64, truth: Float64) -> float:

@@ -1,6 +1,7 @@
 """What an honest chip with the declared numerics would return, in NumPy: the yardstick for errors, never the truth.
 
-It models the accumulator (rounded or truncated, aligned to the largest exponent of a group), every declared rounding, and nothing else.
+It models the accumulator (rounded or truncated, aligned to the largest exponent of a group) and every declared rounding, and
+nothing else.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from dsa_portable.profile import Accumulator, Profile
 Array: TypeAlias = np.ndarray[Any, Any]
 Float32: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 
+BLOCK = 256  # keys per step of a reduced accumulator
+
 
 def rounded(values: Array, dtype: str) -> Float32:
     """float32 values rounded to the named dtype and back."""
@@ -26,21 +29,34 @@ def rounded(values: Array, dtype: str) -> Float32:
         return values.astype(np.float32).astype(NUMPY_DTYPES[dtype]).astype(np.float32)
 
 
+def stored(dots: Array, profile: Profile) -> Float32:
+    """Dot products as the profile's intermediate keeps them: scaled by a power of two, rounded, scaled back."""
+    factor = np.float32(2.0**profile.intermediate_exponent)
+    return rounded(dots * factor, profile.intermediate) / factor
+
+
 def dot(a: Array, b: Array, accumulator: Accumulator) -> Float32:
     """[m, n]: a [m, d] times b [n, d] transposed, summed as the accumulator sums."""
     a, b = a.astype(np.float32), b.astype(np.float32)
     if accumulator.bits >= 24:
-        return a @ b.T
+        return np.asarray(a @ b.T)
+    blocks = [_aligned(a, b[first : first + BLOCK], accumulator) for first in range(0, len(b), BLOCK)]
+    return np.concatenate([np.empty((len(a), 0), np.float32), *blocks], axis=1)
+
+
+def _aligned(a: Array, b: Array, accumulator: Accumulator) -> Float32:
+    """The dot products of few keys at a time (they stay in the cache): each group of products is cut to a common unit and added."""
     total = np.zeros((len(a), len(b)), np.float32)
     cut = np.trunc if accumulator.rounding == "RZ" else np.rint
     for first in range(0, a.shape[1], accumulator.group):
         group = slice(first, first + accumulator.group)
-        products = a[:, None, group] * b[None, :, group]
-        largest = np.maximum(abs(products).max(axis=2), abs(total))
+        products = a.T[group, :, None] * b.T[group, None, :]
+        largest = np.maximum(abs(products).max(axis=0), abs(total))
         # One unit in the last kept place, for the whole group: 2^(exponent of the largest - bits).
         unit = np.ldexp(np.float32(1), np.frexp(largest)[1] - accumulator.bits)
-        unit = np.where(unit == 0, np.float32(1), unit)
-        total = (cut(total / unit) + cut(products / unit[:, :, None]).sum(axis=2)) * unit
+        per_unit = np.divide(np.float32(1), unit, out=np.ones_like(unit), where=unit > 0)
+        products *= per_unit
+        total = (cut(total * per_unit) + cut(products, out=products).sum(axis=0)) * unit
     return total
 
 
@@ -61,7 +77,7 @@ def index_scores(call: Call, profile: Profile) -> dict[int, Float32]:
             parts = []
             for first in range(start, end, oracle.TILE):
                 tile = slice(first - low, min(first + oracle.TILE, end) - low)
-                dots = rounded(dot(call.arrays["q"][row], keys[tile], accumulator), profile.intermediate)
+                dots = stored(dot(call.arrays["q"][row], keys[tile], accumulator), profile)
                 total = rounded(weights[row] @ np.maximum(dots, 0), profile.head_sum)
                 parts.append(rounded(total * rounded(scale[tile], profile.scale_compute), profile.logit))
             scores[row] = np.concatenate(parts)

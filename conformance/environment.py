@@ -64,7 +64,8 @@ def _cpu() -> str:
 
 def _container() -> str:
     marks = {"/.dockerenv": "docker", "/run/.containerenv": "podman"}
-    return next((name for path, name in marks.items() if Path(path).exists()), os.environ.get("container") or "unknown")
+    named = os.environ.get("container")  # noqa: SIM112 - systemd-nspawn, LXC and podman set it in lower case
+    return next((name for path, name in marks.items() if Path(path).exists()), named or "unknown")
 
 
 def _commit() -> tuple[str, bool | None]:

@@ -1,6 +1,6 @@
 """From recorded outputs to a verdict. Whoever holds the outputs and a profile can judge; no backend is needed or touched.
 
-A case fails with the first rule it breaks, and the reason says where: row, head, what was expected, what was got, what is allowed.
+A case fails with the first rule it breaks, and the reason says where: row and head, what was expected, got and allowed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Verdict:
     arrays: dict[str, Array] = field(default_factory=dict)
 
     def fail(self, reason: str, **arrays: Any) -> None:
-        """Record a broken rule; the first one gives the reason and the arrays (row, truth, bound) that are kept for the engineer."""
+        """Record a broken rule; the first one gives the reason, and the arrays (row, truth, bound) kept for the engineer."""
         if self.status != "FAIL":
             self.status, self.reason, self.arrays = "FAIL", reason, {name: np.asarray(a) for name, a in arrays.items()}
 
@@ -55,6 +55,7 @@ def judge(case: Case, call: Call, outputs: Mapping[str, Array], profile: Profile
 
 def _shapes(call: Call, outputs: Mapping[str, Array], verdict: Verdict) -> bool:
     rows = len(call.arrays["q"])
+    expected: dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
     if call.operator == "lightning_index":
         expected = {"indices": (np.dtype(np.int32), (rows, call.options["topk"]))}
         if call.options.get("return_scores"):
@@ -73,7 +74,7 @@ def _shapes(call: Call, outputs: Mapping[str, Array], verdict: Verdict) -> bool:
 
 
 class _Index:
-    """lightning_index: structure of every row, certificate of every selective row, population over the case, returned scores."""
+    """lightning_index: structure of every row, certificate of selective rows, population over the case, returned scores."""
 
     def __init__(self, case: Case, call: Call, outputs: Mapping[str, Array], profile: Profile, verdict: Verdict) -> None:
         self.case, self.call, self.profile, self.verdict = case, call, profile, verdict
@@ -83,7 +84,7 @@ class _Index:
         self.requests = {row: request for row, request, _, _ in oracle.rows(call)}
         self.exchanged = self.exchanged_emulated = 0
         self.square_error = self.square_error_emulated = self.square_score = 0.0
-        self.compared = self.compared_emulated = 0
+        self.compared, self.recall = 0, 1.0
 
     def run(self) -> None:
         """Judge all rows, structure first: a row that is malformed is not compared."""
@@ -92,9 +93,9 @@ class _Index:
         verdict.selective_rows = sum(n > self.topk for n in visible)
         verdict.vacuous_rows = len(visible) - verdict.selective_rows
         wellformed = [self._structure(row) for row in range(len(self.indices))]
-        largest = self._largest_dot() if self.profile.finite_max < 1e30 else 0.0
+        largest = self._largest_dot() * 2.0**self.profile.intermediate_exponent if self.profile.finite_max < 1e30 else 0.0
         if largest > self.profile.finite_max:
-            verdict.status, verdict.reason = "UNSUPPORTED", f"a dot product of {largest:.4g} leaves the declared finite range"
+            verdict.status, verdict.reason = "UNSUPPORTED", f"a dot product kept as {largest:.4g} leaves the declared finite range"
             return
         emulated = emulator.index_scores(self.call, self.profile)
         kinds = (oracle.index_scores(self.call, f) for f in (_as_is, _weights_only, _all_magnitudes))
@@ -168,7 +169,8 @@ class _Index:
         exchanged = max(int((scores[missed] > threshold).sum()), int((scores[chosen] < threshold).sum()))
         self.exchanged += exchanged
         recall = 1 - exchanged / self.topk
-        self.verdict.metrics["recall"] = min(float(self.verdict.metrics.get("recall") or 1.0), recall)
+        self.recall = min(self.recall, recall)
+        self.verdict.metrics["recall"] = self.recall
         own = emulated.astype(np.float64)
         kept = np.argsort(-own, kind="stable")[: self.topk]
         out = np.setdiff1d(best, kept)
@@ -177,8 +179,9 @@ class _Index:
             lost = missed[np.argmax(scores[missed])] if len(missed) else best[0]
             rank = int((scores > scores[lost]).sum()) + 1
             self.verdict.fail(
-                f"row {row}: the set is no top {self.topk}: position {lost + start} (rank {rank}, score {scores[lost]:.9g}) was left "
-                f"out for one of score {scores[chosen].min():.9g}; margin v = {v:.3g}, allowed 1; {exchanged} keys exchanged",
+                f"row {row}: the set is no top {self.topk}: position {lost + start} (rank {rank}, score {scores[lost]:.9g}) "
+                f"was left out for one of score {scores[chosen].min():.9g}; margin v = {v:.3g}, allowed 1; {exchanged} keys "
+                "exchanged",
                 row=row,
                 first_position=start,
                 true_scores=scores,
@@ -197,7 +200,8 @@ class _Index:
         if bad.any():
             at = int(np.argmax(bad))
             self.verdict.fail(
-                f"row {row}, position {chosen[at] + start}: score is {got[at]:.9g}, expected {scores[chosen[at]]:.9g} within {allowed[at]:.3g}",
+                f"row {row}, position {chosen[at] + start}: score is {got[at]:.9g}, expected {scores[chosen[at]]:.9g} "
+                f"within {allowed[at]:.3g}",
                 row=row,
                 first_position=start,
                 true_scores=scores,
@@ -212,11 +216,12 @@ class _Index:
         metrics, verdict = self.verdict.metrics, self.verdict
         if verdict.selective_rows:
             limit = criteria.exchanged_limit(self.exchanged_emulated)
-            metrics |= {"exchanged": self.exchanged, "exchanged_emulated": self.exchanged_emulated, "exchanged_limit": limit}
+            metrics |= {"exchanged": self.exchanged, "exchanged_emulated": self.exchanged_emulated}
+            metrics["exchanged_limit"] = limit
             if self.exchanged > limit:
                 verdict.fail(
-                    f"{self.exchanged} keys exchanged over {verdict.selective_rows} selective rows, where an honest kernel of this "
-                    f"profile exchanges {self.exchanged_emulated} and {limit:.1f} are allowed"
+                    f"{self.exchanged} keys exchanged over {verdict.selective_rows} selective rows, where an honest kernel of "
+                    f"this profile exchanges {self.exchanged_emulated} and {limit:.1f} are allowed"
                 )
         if self.compared:
             error, own, typical = (
@@ -226,7 +231,8 @@ class _Index:
             metrics |= {"score_rms_error": error, "score_rms_emulated": own, "score_rms_limit": allowed}
             if not error <= allowed:
                 verdict.fail(
-                    f"RMS error of returned scores is {error:.4g}, where the emulator has {own:.4g} and {allowed:.4g} is allowed"
+                    f"RMS error of returned scores is {error:.4g}, where the emulator has {own:.4g} and {allowed:.4g} is "
+                    "allowed"
                 )
 
     def _largest_dot(self) -> float:
@@ -251,7 +257,7 @@ def _all_magnitudes(q: Array, k: Array, w: Array) -> tuple[Array, Array, Array]:
 
 
 class _Attend:
-    """sparse_attend: bound (B), error against the emulator per row and head (R), bias (D), lse (L); bit equality in exact cases."""
+    """sparse_attend: bound (B), error per row and head against the emulator's (R), bias (D), lse (L); or bit equality."""
 
     def __init__(self, case: Case, call: Call, outputs: Mapping[str, Array], profile: Profile, verdict: Verdict) -> None:
         self.case, self.call, self.profile, self.verdict = case, call, profile, verdict
@@ -295,7 +301,8 @@ class _Attend:
             if not np.array_equal(self.out[row], expected):
                 head, column = np.argwhere(~(self.out[row] == expected))[0]
                 self.verdict.fail(
-                    f"row {row}, head {head}, column {column}: out is {self.out[row][head, column]}, expected exactly {expected[head, column]}",
+                    f"row {row}, head {head}, column {column}: out is {self.out[row][head, column]}, expected exactly "
+                    f"{expected[head, column]}",
                     row=row,
                     true_out=truth,
                 )
@@ -313,8 +320,8 @@ class _Attend:
         if not (error <= allowed).all():
             head, column = np.unravel_index(int(np.argmax(ratio)), ratio.shape)
             self.verdict.fail(
-                f"row {row}, head {head}, column {column}: out is {got[head, column]:.9g}, expected {truth[head, column]:.9g} within "
-                f"{allowed[head, column]:.3g}, a proven bound",
+                f"row {row}, head {head}, column {column}: out is {got[head, column]:.9g}, expected {truth[head, column]:.9g} "
+                f"within {allowed[head, column]:.3g}, a proven bound",
                 row=row,
                 true_out=truth,
                 bound=allowed,
@@ -352,7 +359,8 @@ class _Attend:
         if not (error <= allowed).all():
             head = int(np.argmax(~(error <= allowed)))
             self.verdict.fail(
-                f"row {row}, head {head}: lse is {self.lse[row][head]:.9g}, expected {truth[head]:.9g} within {allowed[head]:.3g}",
+                f"row {row}, head {head}: lse is {self.lse[row][head]:.9g}, expected {truth[head]:.9g} within "
+                f"{allowed[head]:.3g}",
                 row=row,
                 true_lse=truth,
                 bound=allowed,

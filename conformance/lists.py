@@ -1,7 +1,7 @@
 """A list is frozen: case ids with the sha256 of their inputs, dated, hashed, kept in lists/*.json. A run names one.
 
-`python -m dsa_portable.conformance.lists` writes the lock files anew from the catalogue; a released list is never rewritten, a new
-date is.
+`python -m dsa_portable.conformance.lists` writes the lock files anew from the catalogue; a released list is never rewritten:
+a changed one gets a new date.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _hash(name: str, cases: Mapping[str, str]) -> str:
 
 def load(level: str) -> FrozenList:
     """The frozen list of this level. Raises ListError where there is none, or where it names cases the catalogue lacks."""
-    path = files("dsa_portable.conformance").joinpath("lists", f"{level}.json")
+    path = files("dsa_portable.conformance") / "lists" / f"{level}.json"
     if level not in LISTS or not path.is_file():
         raise ListError(f"level {level!r} has no list, but {', '.join(LISTS)} have; name one with --level.")
     stored = json.loads(path.read_text(encoding="utf-8"))

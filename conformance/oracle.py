@@ -1,6 +1,6 @@
-"""The truth, in float64, from exactly the operands the kernel gets: short enough to be read in one sitting, and it calls no backend.
+"""The truth, in float64, from exactly the operands that the kernel gets, in one sitting's reading; no backend is called.
 
-Nothing here is fast or clever; a tile of keys bounds the memory. oracle_dense.py says the same in another way and checks this file.
+Nothing here is fast or clever; a tile of keys bounds the memory. oracle_dense.py says the same in another way, as a check.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ def rows(call: Call) -> Iterator[tuple[int, int, int, int]]:
 def places(call: Call, request: int, positions: Int64) -> Int64:
     """Rows of the keys' memory, pages flattened, that hold these positions of a request."""
     if "block_table" not in call.batch:
-        return call.batch["cu_seqlens_k"][request].astype(np.int64) + positions
-    size = int(call.batch_options["page_size"])
-    return call.batch["block_table"][request].astype(np.int64)[positions // size] * size + positions % size
+        return positions + int(call.batch["cu_seqlens_k"][request])
+    size, table = int(call.batch_options["page_size"]), call.batch["block_table"][request].astype(np.int64)
+    return np.asarray(table[positions // size] * size + positions % size)
 
 
 def head_sum(q: Float64, k: Float64, weights: Float64) -> Float64:
     """[T, n]: sum_h weights[t,h] * relu(q[t,h,:] . k[n,:])."""
     dots = np.maximum(q.reshape(-1, q.shape[2]) @ k.T, 0).reshape(q.shape[0], q.shape[1], len(k))
-    return np.matmul(weights[:, None, :], dots)[:, 0, :]
+    return np.asarray(np.matmul(weights[:, None, :], dots)[:, 0, :])
 
 
 def index_keys(call: Call, request: int, positions: Int64) -> tuple[Float64, Float64]:
@@ -60,7 +60,7 @@ def index_keys(call: Call, request: int, positions: Int64) -> tuple[Float64, Flo
 
 
 def index_scores(call: Call, operands: Operands = lambda q, k, w: (q, k, w)) -> Iterator[tuple[slice, int, Float64]]:
-    """(rows, first position, scores [rows, n]) for a few rows of one request at a time, of the operands as `operands` turns them."""
+    """(rows, first position, scores [rows, n]) of a few rows of one request at a time; `operands` may change what is scored."""
     by_request = [list(group) for _, group in groupby(rows(call), key=lambda span: span[1])]
     for mine in (group[i : i + ROWS] for group in by_request for i in range(0, len(group), ROWS)):
         low, high = min(span[2] for span in mine), max(span[3] for span in mine)
@@ -81,7 +81,8 @@ def attention_row(call: Call, row: int, request: int) -> tuple[Float64, Int64]:
     where, name, kv = places(call, request, positions), call.options["kv_layout"], call.arrays["kv"]
     if name is None:
         return kv.reshape(-1, kv.shape[-1])[where].astype(np.float64), positions
-    values, scale, rope = (part.reshape(-1, part.shape[-1])[where].astype(np.float64) for part in unpack(name, kv))
+    parts = (np.asarray(part) for part in unpack(name, kv))
+    values, scale, rope = (part.reshape(-1, part.shape[-1])[where].astype(np.float64) for part in parts)
     return np.concatenate([values * np.repeat(scale, layout(name).tile, axis=1), rope], axis=1), positions
 
 

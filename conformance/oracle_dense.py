@@ -45,13 +45,13 @@ def _request_of_row(call: Call, count: int) -> Array:
 
 def _sees(call: Call, row: int, r: int, position: Array) -> Array:
     """Which positions this row sees, elementwise: no slice, no clamp."""
-    real = position >= 0
+    real: Array = position >= 0
     if "key_start" in call.batch:
-        return real & (position >= call.batch["key_start"][row]) & (position < call.batch["key_end"][row])
-    if not call.batch_options.get("causal", True):
-        return real
-    distance_to_end = call.batch["cu_seqlens_q"][r + 1] - 1 - row
-    return real & (position <= call.batch["seqlens_k"][r] - 1 - distance_to_end)
+        real &= (position >= call.batch["key_start"][row]) & (position < call.batch["key_end"][row])
+    elif call.batch_options.get("causal", True):
+        distance_to_end = call.batch["cu_seqlens_q"][r + 1] - 1 - row
+        real &= position <= call.batch["seqlens_k"][r] - 1 - distance_to_end
+    return real
 
 
 def index_scores(call: Call) -> Array:

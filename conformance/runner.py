@@ -1,10 +1,11 @@
 """One run: a list, a backend in a worker process, and here the judge, who sees each case's outputs only after they were hashed.
 
-Every case's row goes to a journal at once, so that a run that is killed can be resumed; the report is written at the end, whole.
+Every case's row goes to a journal at once, so that a killed run can be resumed; the report is written at the end, whole.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -20,7 +21,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -117,10 +118,8 @@ class Worker:
 
     def kill(self) -> None:
         """End the process and whatever it started."""
-        try:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass
         self.process.wait()
 
 
@@ -509,6 +508,6 @@ class _Session:
                 timeout_scale=self.scale,
                 workers_replaced=self.replaced,
             ),
-            exit_code=schema.exit_code_of(rows),
+            exit_code=cast(Literal[0, 1, 3], schema.exit_code_of(rows)),
             verdict=schema.verdict_of(rows, list_name=self.frozen.name, evidence=evidence, chip=self.device.chip, level=level),
         )

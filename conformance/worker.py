@@ -1,4 +1,4 @@
-"""The process that runs the backend, and nothing but the backend: it cannot import the oracle, and it is replaced when it misbehaves.
+"""The process that runs the backend and nothing else: it cannot import the oracle, and it is replaced when it misbehaves.
 
 It reads one JSON line per case from stdin and answers with one on what was stdout; whatever the backend prints goes to stderr.
 """
@@ -124,7 +124,7 @@ class Runner:
 
     def _changed(self, call: Call, on_device: Call, batch: Batch) -> list[str]:
         """The names of inputs whose bytes are no longer those that were passed."""
-        pairs = [(name, array, on_device.arrays[name]) for name, array in call.arrays.items()]
+        pairs: list[tuple[str, Any, Any]] = [(name, array, on_device.arrays[name]) for name, array in call.arrays.items()]
         lengths = zip(BATCH_ARRAYS, call.make_batch().flatten()[0], batch.flatten()[0], strict=True)
         pairs += [(name, ours, theirs) for name, ours, theirs in lengths if ours is not None]
         return [name for name, ours, theirs in pairs if _bytes(ours) != _bytes(self.backend.get(theirs))]

@@ -1,6 +1,7 @@
-"""The `dsa-portable` command: which backends there are, the conformance run, the ONNX export. Errors are one line and an exit code.
+"""The `dsa-portable` command: which backends there are, the conformance run, the ONNX export.
 
-Exit codes: 0 no failure; 1 a failure; 2 usage or harness; 3 nothing or not everything executed; 4 backend unavailable.
+An error is one line and an exit code: 0 no failure; 1 a failure; 2 usage or harness; 3 nothing or not everything executed;
+4 backend unavailable.
 """
 
 from __future__ import annotations

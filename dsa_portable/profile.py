@@ -37,6 +37,7 @@ class Profile:
 
     accumulator: Accumulator = Accumulator()
     intermediate: str = "float32"  # a dot product between the accumulator and the next step
+    intermediate_exponent: int = 0  # it is kept times 2 to this: -10 for a chip that divides by 1024 before it stores float16
     head_sum: str = "float32"  # index: the sum over heads, and the weights that enter it
     logit: str = "float32"  # index: the score that is compared; attention: the logit before exp
     p: str = "float32"  # attention: the probabilities that enter P V
@@ -44,7 +45,7 @@ class Profile:
     kv_compute: str = "float32"  # attention: what the (dequantised) kv is rounded to before it is multiplied
     scale_compute: str = "float32"  # what key and tile scales are rounded to
     exp_ulp: float = 4.0  # attention: error of exp in units of 2^-24
-    finite_max: float = 3.4028234663852886e38  # intermediates beyond this are outside the promise
+    finite_max: float = 3.4028234663852886e38  # intermediates, as they are kept, beyond this are outside the promise
     subnormals: str = "kept"  # or "flushed"
     ties: str = "any"  # "lowest": of equal scores at the boundary the lowest positions are kept
     native_order: str = "ascending"  # what `sorted=False` returns: "ascending", "score" or "unordered"

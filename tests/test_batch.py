@@ -104,7 +104,7 @@ class Plain:
 @st.composite
 def plain_batches(draw: st.DrawFn, paged: bool | None = None) -> Plain:
     requests = draw(st.integers(0, 4))
-    many = {"min_size": requests, "max_size": requests}
+    many: dict[str, Any] = {"min_size": requests, "max_size": requests}
     seqlens_q = draw(st.lists(st.integers(0, 4), **many))
     seqlens_k = draw(st.lists(st.integers(0, 9), **many))
     padding = draw(st.integers(0, 2))
@@ -284,9 +284,8 @@ def test_flatten_and_unflatten(plain: Plain) -> None:
 
 
 def test_numpy_integers_become_plain_ones() -> None:
-    batch = Batch.of(
-        np.array([1]), np.array([5], np.uint8), block_table=table([0]), page_size=np.int64(8), max_seqlen_k=np.int32(6)
-    )
+    seqlens: Any = (np.array([1]), np.array([5], np.uint8))
+    batch = Batch.of(*seqlens, block_table=table([0]), page_size=np.int64(8), max_seqlen_k=np.int32(6))
     assert type(batch.page_size) is type(batch.max_seqlen_k) is int
     assert (batch.page_size, batch.max_seqlen_k) == (8, 6)
 

@@ -14,6 +14,7 @@ import pytest
 
 from dsa_portable import Batch, DSAError, InvalidArgument, Unsupported, lightning_index, registry, sparse_attend
 from dsa_portable.formats import LAYOUTS
+from dsa_portable.request import attend_request, index_request
 
 NDArray = npt.NDArray[Any]
 BF16, E4M3, FNUZ, FP4 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e4m3fnuz, ml_dtypes.float4_e2m1fn
@@ -59,7 +60,7 @@ KV_CACHE: dict[str, Any] = {
     "indices": zeros(TQ, 4, dtype=np.int32),
     "softmax_scale": 0.1,
 }
-CALLS = {
+CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "index": (lightning_index, INDEX),
     "quantised": (lightning_index, QUANTISED),
     "index cache": (lightning_index, CACHE),
@@ -252,7 +253,8 @@ def random_call(seed: int = 0, **changes: Any) -> dict[str, Any]:
 
 
 def scores_of(call: Mapping[str, Any]) -> NDArray:
-    return np.einsum("th,ths->ts", call["weights"], np.maximum(np.einsum("thd,sd->ths", call["q"], call["k"]), 0))
+    scores: NDArray = np.einsum("th,ths->ts", call["weights"], np.maximum(np.einsum("thd,sd->ths", call["q"], call["k"]), 0))
+    return scores
 
 
 def test_dense_is_causal_from_the_bottom_right() -> None:
@@ -265,6 +267,17 @@ def test_dense_is_causal_from_the_bottom_right() -> None:
 @pytest.mark.parametrize("topk", [4, np.int64(4), np.uint8(4)])
 def test_numpy_integers_count(topk: Any) -> None:
     np.testing.assert_array_equal(lightning_index(**random_call(topk=topk)), lightning_index(**random_call()))
+
+
+def test_a_backend_receives_plain_scalars() -> None:
+    """So that no backend's arithmetic happens in uint8 because a caller's topk was one."""
+    options: Any = (np.uint8(4), None, None, np.True_, np.False_, "request", None)
+    index = index_request(INDEX["q"], INDEX["k"], INDEX["weights"], None, *options)
+    assert (index.topk, index.return_scores, index.sorted) == (4, True, False)
+    assert (type(index.topk), type(index.return_scores), type(index.sorted)) == (int, bool, bool)
+    options = (np.float32(0.5), np.int16(6), None, None, None, None, np.False_, "request", None)
+    attend = attend_request(ATTEND["q"], ATTEND["kv"], ATTEND["indices"], *options)
+    assert (type(attend.softmax_scale), type(attend.value_dim), type(attend.return_lse)) == (float, int, bool)
 
 
 @pytest.mark.parametrize("scale", [np.float64(0.125), np.float32(0.125), np.float16(0.125)])
@@ -316,6 +329,25 @@ def test_padding_rows() -> None:
     assert not out[1:].any()
     assert np.isfinite(lse[0]).all()
     assert np.isneginf(lse[1:]).all()
+
+
+def test_topk_length_beyond_its_row() -> None:
+    """Below 0 it is 0, above topk it is topk."""
+    attend = {**ATTEND, "q": random_call()["q"], "kv": random_call()["k"], "indices": np.array([[0, 1, 2, 3]] * TQ, np.int32)}
+    found = sparse_attend(**attend, topk_length=np.array([-5, 2, 99], np.int32))
+    assert not found[0].any()
+    cut = np.array([[-1] * 4, [0, 1, -1, -1], [0, 1, 2, 3]], np.int32)
+    np.testing.assert_array_equal(found, sparse_attend(**{**attend, "indices": cut}))
+
+
+def test_attention_adds_no_mask_of_its_own() -> None:
+    """Row 0 sees 4 of 6 keys, and none under an empty range; selected keys are attended all the same."""
+    attend = {**ATTEND, "q": random_call()["q"], "kv": random_call()["k"], "indices": np.array([[5, 0, 4, 3]] * TQ, np.int32)}
+    nothing = np.zeros(TQ, np.int32)
+    for batch in (Batch.of([TQ], [TK], causal=False), Batch.of([TQ], [TK], key_start=nothing, key_end=nothing)):
+        np.testing.assert_array_equal(sparse_attend(**attend, batch=batch), sparse_attend(**attend))
+    shorter = {**attend, "indices": np.array([[0, 3, 4, -1]] * TQ, np.int32)}
+    assert not np.allclose(sparse_attend(**shorter), sparse_attend(**attend))
 
 
 def test_nothing_to_do() -> None:

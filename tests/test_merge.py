@@ -173,5 +173,6 @@ def test_refused(outs: Any, lses: Any, sink: Any, words: tuple[str, ...]) -> Non
 
 
 def test_one_stacked_array_is_a_sequence() -> None:
-    stacked, lses = np.arange(8, dtype=np.float32).reshape(2, 1, 1, 4), np.zeros((2, 1, 1), np.float32)
+    stacked: Any = np.arange(8, dtype=np.float32).reshape(2, 1, 1, 4)
+    lses: Any = np.zeros((2, 1, 1), np.float32)
     assert merge(stacked, lses)[0].tolist() == [[[2, 3, 4, 5]]]

@@ -366,7 +366,10 @@ ASKS: dict[str, dict[str, dict[str, Any]]] = {
         "topk_length": {"topk_length": BOUNDS},
     },
 }
-CALLS = {"lightning_index": (lightning_index, INDEX), "sparse_attend": (sparse_attend, ATTEND)}
+CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "lightning_index": (lightning_index, INDEX),
+    "sparse_attend": (sparse_attend, ATTEND),
+}
 
 
 def test_every_feature_of_a_call_is_asked_for_below() -> None:

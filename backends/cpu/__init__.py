@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Container
 from itertools import product
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +16,7 @@ from dsa_portable.capability import ANY, YES, Capabilities
 from dsa_portable.formats import LAYOUTS
 
 _FLOATS = ("f32", "bf16", "f16")
-_SHARED = {"topk": ANY, "flat": YES, "page_size": ANY, "ragged": YES, "out": YES}
+_SHARED: dict[str, Container[Any]] = {"topk": ANY, "flat": YES, "page_size": ANY, "ragged": YES, "out": YES}
 _CAPABILITIES: Capabilities = {
     "lightning_index": {
         **_SHARED,

@@ -82,7 +82,7 @@ def _score(request: IndexRequest, owner: int, rows: slice, starts: Array, ends: 
 
 
 def top(scores: settings.Float32, topk: int) -> Array:
-    """Ascending positions of the topk largest; of equal ones at the boundary the lowest positions; -0.0 equals +0.0, NaN is last."""
+    """Ascending positions of the topk largest, of equal ones at the boundary the lowest; -0.0 equals +0.0, and NaN is last."""
     count = len(scores)
     if count <= topk:
         return np.arange(count)

@@ -1,4 +1,4 @@
-"""The default engine: ONNX Runtime runs the shipped graphs, one thread per session call, the same graphs that `export onnx` writes.
+"""The default engine: ONNX Runtime runs the shipped graphs, the same that `export onnx` writes, one thread per session call.
 
 Calls come from several Python threads; a session with a pool of its own would spin against them and lose half the machine.
 """
@@ -20,7 +20,7 @@ def session(graph: str) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    model = files("dsa_portable.backends.cpu").joinpath("graphs", f"{graph}.onnx").read_bytes()
+    model = (files("dsa_portable.backends.cpu") / "graphs" / f"{graph}.onnx").read_bytes()
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 

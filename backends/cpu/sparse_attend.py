@@ -1,4 +1,4 @@
-"""sparse_attend on the CPU: per query row the selected rows are gathered and widened, then one float32 attention over all heads."""
+"""sparse_attend on the CPU: a query row's selected keys are gathered and widened, then attended by all heads in float32."""
 
 from __future__ import annotations
 

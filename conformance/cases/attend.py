@@ -1,4 +1,7 @@
-"""Cases of sparse_attend: what a row of the table becomes when it is built. Only rows that some index names hold numbers, all others NaN."""
+"""Cases of sparse_attend: what a row of the table becomes when it is built.
+
+Only keys that some index names, and the shared pages, hold numbers; all others are NaN.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ SINKS = (-np.inf, 0.0, 4.0, np.inf, -3.0, 100.0, -100.0)
 
 @dataclass(frozen=True)
 class AttendCase:
-    """One call of sparse_attend. `mean` and `onehot` are exact in every legal arithmetic: the output is compared bit for bit."""
+    """One call of sparse_attend. `mean` and `onehot` are exact in every legal arithmetic: outputs are compared bit for bit."""
 
     id: str
     why: str
@@ -97,8 +100,10 @@ class AttendCase:
         return values.cast(q, self._dtype)
 
     def _bell(self, name: str, shape: tuple[int, ...]) -> Array:
-        """Numbers of standard deviation 148; in float32 with 18 significant bits, so that its products round as real ones do."""
-        return values.fine_bell(name, shape) * 2.0**-8 if self.format == "f32" else values.bell(name, shape).astype(np.float64)
+        """Numbers of standard deviation 148; float32 ones have 17 significant bits, so that products round as real ones do."""
+        if self.format == "f32":
+            return values.fine_bell(name, shape) * 2.0**-8
+        return values.bell(name, shape).astype(np.float64)
 
     def _indices(self, name: str, rows: int) -> tuple[Array, Array]:
         """int32 [rows, topk] and the leading entries that count; padding rows name real keys, which must change nothing."""
@@ -132,9 +137,8 @@ class AttendCase:
             entries[self.topk - len(kept) :] = kept
         elif row % 3 == 1:
             entries[:] = np.array([*INVALID, keys, keys + 5])[np.arange(self.topk) % 7]
-            seats = np.sort(
-                values.subset(f"{name}/seats", self.topk, count if self.logits == "mean" else min(count, self.topk * 3 // 4))
-            )
+            seated = count if self.logits == "mean" else min(count, self.topk * 3 // 4)
+            seats = np.sort(values.subset(f"{name}/seats", self.topk, seated))
             entries[seats] = chosen[: len(seats)]
         else:
             entries[:count] = chosen
@@ -173,13 +177,10 @@ class AttendCase:
         layout = LAYOUTS[self._layout]
         tiles = (len(used), value // layout.tile)
         small = layout.value_dtype.name == "int8"
-        latent = body[:, :value] if self.exact else body[:, :value] * (0.25 if small else 1.0)
-        scale = (
-            np.ones(tiles)
-            if self.exact
-            else values.scales(f"{name}/scale", tiles, layout.power_of_two) * (2.0**-3 if small else 2.0**-5)
-        )
-        rope = body[:, value:] if self.exact else body[:, value:] * 2.0**-7
+        latent, scale, rope = body[:, :value], np.ones(tiles), body[:, value:]
+        if not self.exact:
+            latent, rope = latent * (0.25 if small else 1.0), rope * 2.0**-7
+            scale = values.scales(f"{name}/scale", tiles, layout.power_of_two) * (2.0**-3 if small else 2.0**-5)
         parts = (values.cast(latent, layout.value_dtype.name), scale.astype(np.float32), values.cast(rope, "bfloat16"))
         return [_scatter(part, used, keys) for part in parts]
 

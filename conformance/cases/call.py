@@ -40,7 +40,8 @@ class Call:
 
     def make_batch(self, put: Callable[[Array], Any] = lambda array: array) -> Batch:
         """The Batch, its arrays where `put` puts them; the maxima come from the host's lengths."""
-        host = Batch(**self.batch, **self.batch_options)
+        fields: dict[str, Any] = {**self.batch, **self.batch_options}
+        host = Batch(**fields)
         arrays, integers = host.flatten()
         return Batch.unflatten([None if a is None else put(a) for a in arrays], integers)
 

@@ -85,10 +85,9 @@ class IndexCase:
             sign = values.integers(f"{name}/sign", shape[:2], 0, 3)
             weights = np.where(sign == 0, -1.0, 1.0) * 2.0 ** values.integers(f"{name}/weights", shape[:2], -2, 1)
         elif self.content == "cancel":
-            # Heads come in pairs with equal queries and weights a and d - a: the score is sum d * dot, with d in the low bits of a.
-            q = np.repeat(values.integers(f"{name}/q", (rows, self.heads // 2, self.head_dim), -1, 1), 2, axis=1).astype(
-                np.float64
-            )
+            # Heads come in pairs with equal queries and weights a and d - a: the score is sum d * dot, d in the low bits of a.
+            half = values.integers(f"{name}/q", (rows, self.heads // 2, self.head_dim), -1, 1)
+            q = np.repeat(half, 2, axis=1).astype(np.float64)
             a = 1024 + values.integers(f"{name}/weights", (rows, self.heads // 2), 0, 1023)
             d = values.integers(f"{name}/difference", a.shape, 1, 3)
             weights = np.stack([a, d - a], axis=2).reshape(rows, self.heads) * 2.0**-10

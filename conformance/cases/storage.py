@@ -1,4 +1,4 @@
-"""How a case's keys lie in memory: requests end to end, or pages in random order, some shared, with garbage wherever nothing may look."""
+"""How a case's keys lie in memory: requests end to end, or pages in random order, some shared; garbage where none may look."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GARBAGE_PAGES = (2**31 - 1, -1, -(2**31), 123456789)
 
 @dataclass(frozen=True)
 class Storage:
-    """Where each request's keys are: `rows[r][p]` is the flat place (or page * page_size + offset) of position p of request r."""
+    """Where each request's keys are: `rows[r][p]` is the flat place (or page * page_size + offset) of its position p."""
 
     size: int  # places in all, read or not
     rows: tuple[Array, ...]
@@ -41,7 +41,7 @@ def flat(lengths: tuple[int, ...], gap: int) -> Storage:
 
 
 def paged(name: str, lengths: tuple[int, ...], page_size: int, shared_pages: int) -> Storage:
-    """Pages in random order among unused ones; every request's first `shared_pages` full pages are those of the longest request.
+    """Pages in random order among unused ones; the first `shared_pages` full pages of a request are those of the longest one.
 
     Table entries past the last page of a request name pages that do not exist: following one is a fault that shows.
     """

@@ -26,21 +26,23 @@ def bell(name: str, shape: tuple[int, ...]) -> Array:
     count = int(np.prod(shape))
     halves = words(name, -(-count // 2)).view("<u4")[:count]
     pairs = (halves & 0x00FF00FF) + ((halves >> 8) & 0x00FF00FF)
-    return (((pairs + (pairs >> 16)) & 0xFFFF).astype(np.int32) - 510).reshape(shape)
+    sums = (pairs + (pairs >> 16)) & 0xFFFF
+    return np.asarray(sums.astype(np.int32) - 510).reshape(shape)
 
 
 def fine_bell(name: str, shape: tuple[int, ...]) -> Array:
-    """int32 in -131070 .. 131070, bell-shaped (four 16-bit words, centred); standard deviation 37,837: more than 8 significant bits."""
+    """int32 in -131070 .. 131070, bell-shaped (four 16-bit words, centred); standard deviation 37,837, so up to 17 bits."""
     count = int(np.prod(shape))
     quarters = words(name, count).view("<u2").reshape(count, 4)
-    return (quarters.sum(axis=1, dtype=np.int32) - 131070).reshape(shape)
+    return np.asarray(quarters.sum(axis=1, dtype=np.int32) - 131070).reshape(shape)
 
 
 def integers(name: str, shape: tuple[int, ...], low: int, high: int) -> Array:
     """int64 in low .. high inclusive, uniform to within 2^-32 (multiply-shift of 32-bit words)."""
     count = int(np.prod(shape))
-    values = words(name, count) >> np.uint64(32)
-    return (((values * np.uint64(high - low + 1)) >> np.uint64(32)).astype(np.int64) + low).reshape(shape)
+    halves = words(name, count) >> np.uint64(32)
+    offsets = (halves * np.uint64(high - low + 1)) >> np.uint64(32)
+    return np.asarray(offsets.astype(np.int64) + low).reshape(shape)
 
 
 def permutation(name: str, count: int) -> Array:
@@ -65,7 +67,7 @@ _POWERS = np.array([2.0**-4, 2.0**-3, 2.0**-2, 2.0**-1])
 
 
 def scales(name: str, shape: tuple[int, ...], power_of_two: bool, dtype: str = "float32") -> Array:
-    """Positive scales over 2^-4 .. 2^0: powers of two, or with a full random significand (the hazard: they must not be rounded)."""
+    """Positive scales in 2^-4 .. 2^0: powers of two, or with a full random significand, which nothing may round away."""
     values = _POWERS[integers(f"{name}/exponent", shape, 0, 3)]
     if not power_of_two:
         values = values * (1 + integers(f"{name}/significand", shape, 0, (1 << 23) - 1) * 2.0**-23)

@@ -1,0 +1,1 @@
+"""Planted faults and honest variants: the suite's own examination."""

@@ -90,7 +90,8 @@ PAGES = np.array([[2, 0, 9], [1, 3, -5]], np.int32)
 
 
 def normal(*shape: int, dtype: str = "float32") -> NDArray:
-    return arrays.cast(RNG.normal(size=shape).astype(np.float32), dtype)
+    array: NDArray = arrays.cast(RNG.normal(size=shape).astype(np.float32), dtype)
+    return array
 
 
 def index_call(dtype: str = "float32", **changes: Any) -> dict[str, Any]:
@@ -203,7 +204,8 @@ def test_an_operand_on_another_device() -> None:
         InvalidArgument, match=r"out for indices is int32 \[5, 3\] on meta, but int32 \[5, 3\] on cpu is accepted"
     ):
         lightning_index(**{**arguments, "return_scores": False}, out=torch.empty((5, 3), dtype=torch.int32, device="meta"))
-    batch = Batch(*(torch.zeros(n, dtype=torch.int32, device="meta") for n in (2, 1, 2)), max_seqlen_q=5, max_seqlen_k=9)
+    starts, lengths = (torch.zeros(n, dtype=torch.int32, device="meta") for n in (2, 1))
+    batch = Batch(starts, lengths, starts, max_seqlen_q=5, max_seqlen_k=9)
     with pytest.raises(
         InvalidArgument, match=r"batch holds int32 .* on meta, but q is on cpu; keep it on the host or beside q"
     ):
@@ -326,7 +328,7 @@ def test_a_batch_on_a_device_meets_indices_on_the_host() -> None:
 
 def test_what_is_on_the_host_is_checked_though_the_rest_is_not() -> None:
     table = torch.zeros((1, 2), dtype=torch.int32, device="meta")
-    lengths = {"cu_seqlens_q": np.array([0, 1], np.int32), "seqlens_k": np.array([5], np.int32)}
+    lengths: dict[str, Any] = {"cu_seqlens_q": np.array([0, 1], np.int32), "seqlens_k": np.array([5], np.int32)}
     batch = Batch(**lengths, block_table=table, page_size=4)
     assert batch.key_range(1)[1].device.type == "meta"
     with pytest.raises(InvalidArgument, match="max_seqlen_k is 4, but a request has 5"):

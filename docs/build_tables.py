@@ -1,0 +1,62 @@
+"""Writes the tables of docs/contract.md from the declarations that the code reads: `python docs/build_tables.py`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from dsa_portable import capability, signature
+from dsa_portable.formats import LAYOUTS
+from dsa_portable.formats.caches import CacheLayout
+
+DOCUMENT = Path(__file__).with_name("contract.md")
+BLOCK = re.compile(r"<!-- generated: (?P<name>[\w ]+) -->\n.*?<!-- end -->", re.DOTALL)
+
+
+def layouts() -> str:
+    """The packed caches: one row per layout."""
+    lines = [
+        "| layout | operator | bytes per token | order of the bytes | scale | read by |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    return "\n".join([*lines, *(_layout_row(layout) for layout in LAYOUTS.values())])
+
+
+def _layout_row(layout: CacheLayout) -> str:
+    parts = ", ".join(f"{part.name} {part.count} x {part.dtype.name}" for part in layout.parts)
+    order = f"per page: {parts}, each for all tokens" if layout.planar else f"per token: {parts}"
+    scale = f"{'a power of two' if layout.power_of_two else 'any'}, one per {layout.tile} values"
+    cells = (f"`{layout.name}`", layout.operator, str(layout.bytes_per_token), order, scale, ", ".join(layout.users))
+    return f"| {' | '.join(cells)} |"
+
+
+def formats() -> str:
+    """The operand dtypes with the short names that claims use."""
+    lines = [
+        "| dtype | in claims | `lightning_index` q, k | `k_scale` | `sparse_attend` q, kv |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for dtype, short in signature.SHORT.items():
+        scale = "required" if dtype in signature.SCALED else "forbidden"
+        lines.append(f"| {dtype} | `{short}` | yes | {scale} | {'yes' if dtype in signature.FLOATS else 'in packed caches'} |")
+    lines += [f"| {dtype} | | reserved | | no |" for dtype in signature.RESERVED]
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    **{s.name: partial(signature.table, s) for s in (*signature.SIGNATURES.values(), signature.MERGE)},
+    "layouts": layouts,
+    "formats": formats,
+    "features": capability.table,
+}
+
+
+def render(text: str) -> str:
+    """The document with every generated block as the code would have it. Raises KeyError for a block of an unknown name."""
+    return BLOCK.sub(lambda m: f"<!-- generated: {m['name']} -->\n{TABLES[m['name']]()}\n<!-- end -->", text)
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(render(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")

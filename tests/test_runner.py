@@ -1,0 +1,468 @@
+"""Real runs of the command: what a run leaves behind, plug-ins that misbehave in every way we could think of, interruption, faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from dsa_portable.conformance import arrays_file, lists
+from dsa_portable.conformance.report import schema
+from dsa_portable.conformance.report.schema import Evidence, Report, Status
+from tests import plugins
+from tests.plugins import Change, conformance
+
+HEAD = "index-e4m3-f32-f32"
+SMALL = f"{HEAD}-decode-out"  # milliseconds, in and out
+Folder = Callable[[str], Path]
+Run = tuple[subprocess.CompletedProcess[str], Report]
+
+
+def rows(report: Report) -> dict[str, schema.CaseResult]:
+    return {row.id: row for row in report.cases}
+
+
+def executed(report: Report) -> dict[str, schema.CaseResult]:
+    return {row.id: row for row in report.cases if row.status is not Status.NOT_RUN}
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+# --- a whole run -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def smoke(folder: Path) -> Run:
+    return conformance(folder, "smoke", DSA_BACKEND="cpu")
+
+
+def test_a_whole_run(smoke: Run, folder: Path) -> None:
+    done, report = smoke
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {row.status for row in report.cases} == {Status.PASS}
+    assert [row.id for row in report.cases] == list(lists.load("smoke").cases)
+    assert (report.evidence, report.level) == (Evidence.HARDWARE, None)
+    assert {claim.reason for claim in report.claims} == {f"the list {report.list.name} grants no level"}
+    assert (report.backend.requested, report.backend.resolved) == ("cpu", "cpu")
+    assert report.run.workers_replaced == 0
+    assert not report.run.interrupted
+    assert not report.run.resumed
+    assert min(report.run.peak_memory_bytes.values()) > 10 << 20
+    assert {path.name for path in (folder / "smoke").iterdir()} == {"report.json", "junit.xml", "summary.md", "journal.jsonl"}
+
+
+def test_the_first_and_the_last_line_carry_the_evidence(smoke: Run) -> None:
+    lines = smoke[0].stdout.splitlines()
+    assert lines[0].startswith(f"conformance of backend cpu (asked for: cpu), list {smoke[1].list.name}, evidence ")
+    assert lines[-1] == smoke[1].verdict
+    assert "(HARDWARE), but no level is granted" in lines[-1]
+
+
+def test_a_whole_run_has_a_line_and_a_journal_entry_per_case(smoke: Run, folder: Path) -> None:
+    shown = re.findall(r"^\[ *(\d+)/40\] PASS +(\S+)", smoke[0].stdout, re.MULTILINE)
+    assert shown == [(str(i), row.id) for i, row in enumerate(smoke[1].cases, start=1)]
+    identity, *entries = map(json.loads, (folder / "smoke" / "journal.jsonl").read_text().splitlines())
+    assert (identity["backend"], identity["list"]) == ("cpu", smoke[1].list.sha256)
+    assert [entry["row"]["id"] for entry in entries] == [row.id for row in smoke[1].cases]
+
+
+def test_the_other_engine(folder: Path) -> None:
+    cases = [f"{HEAD}-prefill-lattice", f"{HEAD}-prefill-cancel", "attend-bf16-decode-lse", "attend-bf16-prefill-onehot"]
+    _, report = conformance(folder, "numpy", cases=cases, DSA_CPU_ENGINE="numpy")
+    assert report.device is not None
+    assert report.device.versions["engine"] == "numpy"
+    assert {id: row.status for id, row in executed(report).items()} == dict.fromkeys(cases, Status.PASS)
+    assert (report.exit_code, report.evidence) == (3, Evidence.HARDWARE)
+    assert report.environment.variables["DSA_CPU_ENGINE"] == "numpy"
+
+
+# --- plug-ins that misbehave -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Deed:
+    """What the backend does in its next call (a function body over `request` and `answer`), and the row that must come of it."""
+
+    case: str
+    body: str
+    status: str = "ERROR"
+    reason: str = ""
+
+
+# In the order of the list, each in one run with all others; an ERROR costs the process, and the next deed has a fresh one.
+DEEDS = {
+    "honest": Deed("decode-lengths", "return answer(request)", "PASS"),
+    "crash": Deed("decode-paged64", "os.kill(os.getpid(), signal.SIGSEGV)", reason="process was killed by SIGSEGV"),
+    "padding rows unwritten": Deed(
+        "prefill-ragged",
+        "empty = np.empty(request.results['indices'][1], np.int32)\n    empty[:-3] = answer(request)[:-3]\n    return empty",
+        "FAIL",
+        r"\(padding row\): entry 0 is 2147483647, expected -1",
+    ),
+    "exit": Deed("prefill-paged64", "os._exit(3)", reason="process ended with exit code 3"),
+    "memory": Deed("prefill-lattice", "raise MemoryError('40 GiB')", reason="out of memory: 40 GiB"),
+    "exception": Deed("decode-scores", r"raise RuntimeError('first\nsecond \x1b[31m')", reason="^RuntimeError: first\nsecond"),
+    "one of two results": Deed("prefill-scores", "return answer(request)[0]", "FAIL", "1 arrays for indices, scores"),
+    "prints": Deed(
+        "prefill-cancel",
+        r"""print('{"status": "done"}', flush=True); os.write(1, b'{"status": "done"}\n'); return answer(request)""",
+        "PASS",
+    ),
+    "hang": Deed("prefill-plateau", "time.sleep(3600)", reason="no answer within 6 s: it hangs, or --timeout-scale is too small"),
+    "asks the oracle": Deed(
+        "prefill-range",
+        "from dsa_portable.conformance.oracle import index_scores",
+        reason="ImportError: dsa_portable.conformance.oracle cannot be imported in the process that runs a backend",
+    ),
+    "writes inputs": Deed(
+        "decode-range",
+        "found = answer(request); request.weights[0] = 0; request.batch.block_table[0, 0] = 1; return found",
+        "FAIL",
+        "wrote to its inputs: weights, block_table$",
+    ),
+    "refuses": Deed(
+        "prefill-not-causal",
+        "raise Unsupported('not today.', 'non_causal')",
+        "FAIL",
+        "^refused without having declared it: not today.$",
+    ),
+    "leaves": Deed("prefill-visible-nan", "sys.exit(0)", reason="process ended with exit code 0"),
+    "dtype": Deed("prefill-unsorted", "return answer(request).astype(np.int64)", "FAIL", "indices is int64 .*expected int32"),
+    "caller's rows unwritten": Deed(
+        "decode-out",
+        "before = request.out[0][-1].copy(); answer(request); request.out[0][-1] = before",
+        "FAIL",
+        r"\(padding row\): entry 0 is 2147483647, expected -1",
+    ),
+    "shape": Deed("prefill-planar", "return answer(request)[:, 1:]", "FAIL", r"indices is int32 \[24, 2047\], expected"),
+    "other bytes": Deed(
+        "prefill-interleaved",
+        "global corrupt; found = answer(request); corrupt = True; return found",
+        reason="RuntimeError: the device returned other bytes than were put on it",
+    ),
+    "foreign dtype": Deed(
+        "prefill-topk1", "return answer(request).astype(ml_dtypes.float8_e5m2)", "FAIL", "float8_e5m2.*expected int32"
+    ),
+    "no array": Deed("prefill-topk512", "return None", reason="ERROR|TypeError"),
+    "nothing written": Deed("decode-flat", "return np.empty(request.results['out'][1], request.q.dtype)", "FAIL", "out is nan"),
+    "honest to the end": Deed("prefill-onehot", "return answer(request)", "PASS"),
+}
+DEEDS_SOURCE = (
+    """
+corrupt = False
+LOG = Path(__file__).with_name("calls.txt")
+
+def get(array):
+    found = np.array(array)
+    return np.roll(found, 1) if corrupt else found
+
+def index(request):
+    return deed(request, lightning_index)
+
+def attend(request):
+    return deed(request, sparse_attend)
+
+def deed(request, answer):
+    with open(LOG, "a+") as log:
+        log.seek(0)
+        number = len(log.readlines())
+        log.write(f"{{os.getpid()}}\\n")
+    return DEEDS[number](request, answer)
+""".replace("{{", "{").replace("}}", "}")
+    + "".join(f"\ndef deed{i}(request, answer):\n    {deed.body}\n" for i, deed in enumerate(DEEDS.values()))
+    + f"\nDEEDS = [{', '.join(f'deed{i}' for i in range(len(DEEDS)))}]\n"
+)
+
+
+def id_of(deed: Deed) -> str:
+    attend = deed.case in ("decode-flat", "prefill-onehot")
+    return f"attend-bf16-{deed.case}" if attend else f"{HEAD}-{deed.case}"
+
+
+@pytest.fixture(scope="session")
+def misdeeds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, list[int]]:
+    """One run of all deeds, and the process that each call was made in."""
+    folder = tmp_path_factory.mktemp("misdeeds")
+    plugins.module(folder, "rogue", "operators=OURS, get=get", DEEDS_SOURCE)
+    cases = [id_of(deed) for deed in DEEDS.values()]
+    assert cases == [id for id in lists.load("smoke").cases if id in cases]
+    run = conformance(folder, "out", "--backend", "rogue", "--timeout-scale", "0.05", cases=cases)
+    return run, [int(line) for line in (folder / "calls.txt").read_text().split()]
+
+
+@pytest.mark.parametrize("name", DEEDS)
+def test_a_misdeed_is_one_row(misdeeds: tuple[Run, list[int]], name: str) -> None:
+    (done, report), _ = misdeeds
+    row = rows(report)[id_of(DEEDS[name])]
+    assert row.status == DEEDS[name].status, row.reason
+    assert re.search(DEEDS[name].reason, row.reason), row.reason
+    shown = [line for line in done.stdout.splitlines() if re.match(rf"\[.*\] {row.status} +{row.id} ", line)]
+    assert len(shown) == 1
+    assert shown[0].isprintable()
+    assert (row.artefact is not None) == (row.status is Status.FAIL)
+
+
+def test_misdeeds_cost_no_other_case(misdeeds: tuple[Run, list[int]]) -> None:
+    (done, report), processes = misdeeds
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1].startswith("FAILED: ")
+    assert len(executed(report)) == len(DEEDS)
+    assert len(processes) == len(DEEDS), "no case is tried twice"
+    replaced = [before != after for before, after in zip(processes, processes[1:], strict=False)]
+    assert replaced == [deed.status == "ERROR" for deed in [*DEEDS.values()][:-1]]
+    assert report.run.workers_replaced == sum(replaced)
+    assert report.evidence is Evidence.HARDWARE, "a call that was refused says nothing about where the others ran"
+
+
+def test_a_process_that_cannot_be_replaced_ends_the_run(tmp_path: Path) -> None:
+    source = """
+def probe():
+    seen = Path(__file__).with_name("seen")
+    if seen.exists():
+        raise DeviceUnavailable("the chip fell off the bus.")
+    seen.touch()
+    return CPU.probe()
+
+def index(request):
+    os.abort()
+"""
+    plugins.module(tmp_path, "dying", "operators=OURS, probe=probe", source)
+    cases = [f"{HEAD}-decode-scores", f"{HEAD}-decode-range", SMALL]
+    done, report = conformance(tmp_path, "out", "--backend", "dying", cases=cases)
+    first, *others = (rows(report)[case] for case in cases)
+    assert (done.returncode, first.status) == (1, Status.ERROR)
+    assert "killed by SIGABRT" in first.reason
+    assert {(row.status, row.reason) for row in others} == {
+        (Status.NOT_RUN, "the backend could not be started again: the chip fell off the bus.")
+    }
+
+
+@pytest.mark.parametrize(
+    ("probe", "message"),
+    [
+        ("raise DeviceUnavailable('no chip in this machine.')", "no chip in this machine."),
+        ("raise KeyError('bus')", r"backend 'shy' failed its probe \(KeyError\('bus'\)\); check driver and device."),
+        ("os._exit(9)", "backend 'shy' could not be started: the backend's process ended with exit code 9."),
+        ("time.sleep(3600)", "backend 'shy' could not be started: no answer within 3.6 s: it hangs, or --timeout-scale"),
+        ("import no_such_sdk", "No module named 'no_such_sdk'.*; run: pip install 'dsa-portable"),
+    ],
+)
+def test_a_backend_that_does_not_start(tmp_path: Path, probe: str, message: str) -> None:
+    plugins.module(tmp_path, "shy", "probe=probe", f"def probe():\n    {probe}\n")
+    done = plugins.dsa_portable(
+        tmp_path, "conformance", "--level", "smoke", "--backend", "shy", "--out", "out", "--timeout-scale", "0.02"
+    )
+    assert done.returncode == 4
+    assert re.fullmatch(f"dsa-portable: .*{message}.*\n", done.stderr)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+# --- what a run is evidence of ---------------------------------------------------------------------------------------------
+
+NO_CHIP = "def probe():\n    return replace(CPU.probe(), {})\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "source", "arguments", "variables", "evidence", "reason"),
+    [
+        ("version='2'", "", (), {}, "HARDWARE", "the probe named chip and driver"),
+        ("witness=None", "", (), {}, "EMULATED", "no work was seen on the chip in 1 of 1 cases"),
+        ("witness=lambda: 7", "", (), {}, "EMULATED", "no work was seen on the chip in 1 of 1 cases"),
+        ("devices=('cpu',), probe=probe", NO_CHIP.format("chip='unknown'"), (), {}, "EMULATED", "does not name chip and driver"),
+        ("devices=('cpu',), probe=probe", NO_CHIP.format("driver='unknown'"), (), {}, "EMULATED", "does not name chip and"),
+        ("version='2'", "", (), {"TRITON_INTERPRET": "1"}, "SIMULATED", "TRITON_INTERPRET is set"),
+        ("version='2'", "", (), {"TRITON_INTERPRET": "0"}, "HARDWARE", "the probe named chip and driver"),
+        ("emulates=('chip9',)", "", ("--emulate", "chip9"), {}, "EMULATED", "--emulate chip9"),
+        ("emulates=('chip9',)", "", (), {"DSA_EMULATE": "chip9"}, "EMULATED", "--emulate chip9"),
+    ],
+    ids=["honest", "no witness", "still witness", "no chip", "no driver", "interpreted", "not interpreted", "emulating", "variable"],
+)
+def test_evidence(
+    tmp_path: Path,
+    changes: str,
+    source: str,
+    arguments: tuple[str, ...],
+    variables: dict[str, str],
+    evidence: str,
+    reason: str,
+) -> None:
+    plugins.module(tmp_path, "seen", changes, source)
+    done, report = conformance(tmp_path, "out", *arguments, cases=[SMALL], DSA_BACKEND="seen", **variables)
+    assert (report.evidence, report.level) == (evidence, None)
+    assert reason in report.evidence_reason
+    assert rows(report)[SMALL].status is Status.PASS
+    assert report.emulates == ("chip9" if evidence == "EMULATED" and "chip9" in reason else None)
+    lines = done.stdout.splitlines()
+    assert f"evidence {'EMULATED' if evidence == 'HARDWARE' else evidence}" in lines[0]
+    assert evidence in lines[-1]
+    assert ("not run on the named chip" in lines[-1]) == (evidence != "HARDWARE")
+    if report.emulates:
+        assert "--emulate chip9" in rows(report)[SMALL].reproducer
+
+
+def test_emulating_what_is_not_declared(tmp_path: Path) -> None:
+    plugins.module(tmp_path, "seen", "emulates=('chip8', 'chip9')")
+    done = plugins.dsa_portable(tmp_path, "conformance", "--level", "smoke", "--backend", "seen", "--emulate", "chip7")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "dsa-portable: backend 'seen' emulates chip8, chip9, but --emulate chip7 was passed; name one of them.\n"
+    )
+
+
+LITTLE = """
+HAS = CPU.capabilities(None)["lightning_index"]
+FEW = {{"lightning_index": {{**HAS, "format": ("e4m3/f32/f32",), "topk": (1,)}}}}
+""".replace("{{", "{").replace("}}", "}")
+
+
+@pytest.mark.parametrize("interpret", ["", "1"])
+def test_declaring_less_is_no_failure_and_no_level(tmp_path: Path, interpret: str) -> None:
+    plugins.module(tmp_path, "little", "capabilities=lambda device: FEW", LITTLE)
+    done, report = conformance(tmp_path, "out", "--backend", "little", TRITON_INTERPRET=interpret)
+    assert done.returncode == 0
+    passed = [row.id for row in report.cases if row.status is Status.PASS]
+    refused = {row.reason for row in report.cases if row.status is Status.UNSUPPORTED}
+    assert passed == [f"{HEAD}-prefill-topk1"]
+    assert refused == {
+        "as declared: 'topk' = 2048 is not offered",
+        "as declared: 'topk' = 512 is not offered",
+        "as declared: 'format' = bf16 is not offered",
+        "as declared: 'format' = v32_fp8_656_nsr is not offered",
+    }
+    assert {claim.key[:2] for claim in report.claims} == {("lightning_index", "e4m3/f32/f32")}
+    assert (report.level, report.evidence) == (None, "SIMULATED" if interpret else "HARDWARE")
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("no failure")
+    assert "PASSED" not in last
+    assert ("SIMULATED: not run on the named chip; no level can be granted" in last) == bool(interpret)
+
+
+def test_a_declaration_is_kept_to_the_letter(tmp_path: Path) -> None:
+    """Repeated indices lie in the data: nobody can refuse them, and a case of them counts only where they are declared."""
+    source = 'FEW = {o: {n: v for n, v in f.items() if n != "repeated_indices"} for o, f in CPU.capabilities(None).items()}'
+    plugins.module(tmp_path, "little", "capabilities=lambda device: FEW", source.replace("{", "{{").replace("}", "}}"))
+    case = "attend-bf16-prefill-repeated"
+    done, report = conformance(tmp_path, "out", "--backend", "little", cases=[case])
+    assert (rows(report)[case].status, rows(report)[case].reason) == (
+        Status.UNSUPPORTED,
+        "as declared: 'repeated_indices' is not offered",
+    )
+    assert done.returncode == 3
+    assert "none of 40 cases was executed" in report.verdict
+
+
+# --- interruption ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_is_interrupted_three_times_ends_as_one_that_is_not(smoke: Run, tmp_path: Path) -> None:
+    words = ("conformance", "--backend", "cpu", "--level", "smoke", "--out", "out")
+    journal = tmp_path / "out" / "journal.jsonl"
+    done_before: dict[str, schema.CaseResult] = {}
+    for how, line, resume in ((signal.SIGINT, r"^\[ 5/40\]", ()), (signal.SIGTERM, r"^\[12/40\]", ("--resume",))):
+        stopped = plugins.interrupt(tmp_path, how, line, *words, *resume)
+        report = schema.load(tmp_path / "out" / "report.json")
+        assert (stopped.returncode, report.exit_code, stopped.stderr) == (3, 3, "")
+        assert "--resume goes on from there" in stopped.stdout
+        assert report.run.interrupted
+        assert len(report.cases) == 40
+        assert {row.reason for row in report.cases if row.status is Status.NOT_RUN} == {"interrupted before it"}
+        assert "were not run" in stopped.stdout.splitlines()[-1]
+        assert len(done_before) < len(executed(report)) < 40
+        assert done_before.items() <= executed(report).items(), "rows are kept as they were"
+        done_before = executed(report)
+    killed = plugins.interrupt(tmp_path, signal.SIGKILL, r"^\[20/40\]", *words, "--resume")
+    assert killed.returncode == -signal.SIGKILL
+    written = journal.read_text().splitlines()
+    assert len(written) > 20
+    journal.write_text("\n".join(written[:-1]) + "\n" + written[-1][:200])
+    done, report = conformance(tmp_path, "out", "--resume", "--backend", "cpu")
+    assert report.run.resumed
+    assert not report.run.interrupted
+    assert (done.returncode, report.evidence) == (smoke[0].returncode, smoke[1].evidence)
+    assert done_before.items() <= rows(report).items()
+    same = [(row.id, row.status, row.inputs_sha256, row.claim_required, row.selective_rows) for row in smoke[1].cases]
+    assert [(row.id, row.status, row.inputs_sha256, row.claim_required, row.selective_rows) for row in report.cases] == same
+    first = next(line for line in done.stdout.splitlines() if line.startswith("["))
+    assert first.startswith(f"[{len(written) - 1}/40]"), "the half-written row, and no other, is made again"
+
+
+def test_resuming_what_is_another_run(smoke: Run, folder: Path, tmp_path: Path) -> None:
+    plugins.copy_of_cpu(tmp_path, "twin")
+    before = (folder / "smoke" / "journal.jsonl").read_bytes()
+    words = ("conformance", "--resume", "--out")
+    refused = [
+        (("--level", "smoke", "--backend", "twin", *words[3:]), {}, "backend"),
+        (("--level", "core", "--backend", "cpu"), {}, "list"),
+        (("--level", "smoke", "--backend", "cpu"), {"DSA_CPU_ENGINE": "numpy"}, "device, variables"),
+    ]
+    for arguments, variables, what in refused:
+        done = plugins.dsa_portable(tmp_path, *words, folder / "smoke", *arguments, DSA_BACKEND="cpu", **variables)
+        assert done.returncode == 2
+        assert re.fullmatch(rf"dsa-portable: the run in .* had another {what}; resume it as it was, .*\n", done.stderr)
+    done = plugins.dsa_portable(tmp_path, *words, "new", "--level", "smoke", "--backend", "cpu")
+    assert done.returncode == 2
+    assert done.stderr == "dsa-portable: new holds no interrupted run, but --resume was passed; leave it out.\n"
+    assert (folder / "smoke" / "journal.jsonl").read_bytes() == before
+
+
+def test_an_interrupt_leaves_no_process_behind(tmp_path: Path) -> None:
+    """The backend hangs in its probe, which is when people press Ctrl-C; its process ignores the terminal and has to be ended."""
+    source = "def probe():\n    Path(__file__).with_name('pid').write_text(str(os.getpid()))\n    time.sleep(3600)\n"
+    plugins.module(tmp_path, "stuck", "probe=probe", source)
+    arguments = [plugins.COMMAND, "conformance", "--level", "smoke", "--backend", "stuck"]
+    process = subprocess.Popen(
+        arguments, cwd=tmp_path, env=plugins.environment(tmp_path), stderr=subprocess.PIPE, text=True, preexec_fn=plugins.listen
+    )
+    pid = tmp_path / "pid"
+    try:
+        wait_until(lambda: pid.exists() and pid.read_text() != "")
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert (process.returncode, errors) == (3, "dsa-portable: interrupted before the first case\n")
+    wait_until(lambda: not alive(int(pid.read_text())))
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+# --- planted faults --------------------------------------------------------------------------------------------------------
+
+BF16 = ".astype(ml_dtypes.bfloat16).astype(np.float32)"
+FAULTS: dict[str, tuple[Change, tuple[str, ...]]] = {
+    "causal: one key too few": (
+        ("lightning_index.py", "in request.batch.key_range(request.dims[\"Tq\"]))", "in KEYS_OF(request))"),
+        (f"{HEAD}-decode-paged64",),
+    ),
+    "causal: one key too many": (
+        ("lightning_index.py", "in request.batch.key_range(request.dims[\"Tq\"]))", "in KEYS_OF(request))"),
+        (f"{HEAD}-prefill-paged64",),
+    ),
+}
