@@ -14,6 +14,11 @@ from dsa_portable.arrays import NUMPY_DTYPES
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
 
+def can_hold(array: np.ndarray[Any, Any]) -> bool:
+    """True for NumPy's own numbers and the contract's dtypes."""
+    return array.dtype.kind in "biuf" or array.dtype.name in NUMPY_DTYPES
+
+
 def save(path: Path, arrays: Arrays, *, compress: bool = False) -> None:
     """Write the arrays, whole or not at all."""
     stored = {}

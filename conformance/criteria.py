@@ -130,10 +130,7 @@ def attention_bound(profile: Profile, row: Row, dtype: str) -> RowBound:
     """Bound (B) and lse bound (L) of one row."""
     q, kv, p, out, lse = row.q, row.kv, row.p, row.out, row.lse
     count, dim = kv.shape
-    u_acc, u_kv = (
-        profile.accumulator.unit_roundoff,
-        UNIT_ROUNDOFF[profile.kv_compute] if profile.kv_compute != "float32" else 0.0,
-    )
+    u_kv = UNIT_ROUNDOFF[profile.kv_compute] if profile.kv_compute != "float32" else 0.0
     u_p = UNIT_ROUNDOFF[profile.p] if profile.p != "float32" else 0.0
     magnitudes = row.softmax_scale * (abs(q) @ abs(kv).T).max(axis=1)
     factor = dot_gamma(profile.accumulator, dim, EXTRA_OPERATIONS) + u_kv
@@ -145,7 +142,7 @@ def attention_bound(profile: Profile, row: Row, dtype: str) -> RowBound:
     spread = p @ (v * v) - 2 * out * (p @ v) + total[:, None] * out * out
     spread = np.sqrt(np.maximum(spread, 0) * np.maximum(total[:, None], 0)) + (1 - total)[:, None].clip(0) * abs(out)
     theta = np.expm1(2 * lam) + 2 * profile.exp_ulp * 2.0**-24
-    sums = gamma(count + EXTRA_OPERATIONS, u_acc) * 2
+    sums = 2 * dot_gamma(profile.accumulator, count, EXTRA_OPERATIONS)
     bound = theta[:, None] * spread + (u_p + u_kv + sums) * (p @ abs(v))
     rounding = UNIT_ROUNDOFF[dtype]
     bound = bound * (1 + rounding) + rounding * abs(out) + HALF_SUBNORMAL[dtype]
@@ -155,7 +152,9 @@ def attention_bound(profile: Profile, row: Row, dtype: str) -> RowBound:
         bound = bound + HALF_SUBNORMAL[profile.p] * abs(v).sum(axis=0)
     if profile.subnormals == "flushed":
         bound = bound + SMALLEST_NORMAL[dtype] + count * SMALLEST_NORMAL["float32"] * abs(v).max(axis=0)
-    lse_bound = 2 * lam + gamma(count + EXTRA_OPERATIONS, u_acc) + profile.exp_ulp * 2.0**-23 + 4 * 2.0**-24 * abs(lse)
+    lse_bound = (
+        2 * lam + dot_gamma(profile.accumulator, count, EXTRA_OPERATIONS) + profile.exp_ulp * 2.0**-23 + 4 * 2.0**-24 * abs(lse)
+    )
     return RowBound(bound, lse_bound + (u_p if profile.normaliser == "rounded" else 0.0))
 
 
@@ -172,9 +171,3 @@ def error_floor(profile: Profile, row: Row, dtype: str) -> Float64:
     logits = np.sqrt((row.p * row.p * walk * np.maximum(distance, 0)).sum(axis=1))
     whole = max(UNIT_ROUNDOFF[dtype] / 2, 8 * u_acc) * np.linalg.norm(out, axis=1)
     return np.asarray(np.maximum(whole, logits))
-
-
-def slope(out: Float64, truth: Float64) -> float:
-    """<out - truth, truth> / <truth, truth>: the bias that scaling, truncation or lost mass leaves."""
-    energy = float((truth * truth).sum())
-    return float(((out - truth) * truth).sum()) / energy if energy else 0.0

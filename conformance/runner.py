@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -49,6 +49,8 @@ from dsa_portable.profile import envelope
 
 START_SECONDS, CASE_SECONDS = 180.0, 120.0
 JOURNAL, FAILED = "journal.jsonl", "failed"
+# Names the chip to a backend that stands in for one; setting it is the same as --emulate.
+EMULATE = "DSA_EMULATE"
 
 
 class UsageError(DSAError, ValueError):
@@ -66,7 +68,8 @@ class Worker:
         self.scale, self.log = scale, log
         # glibc then hands freed buffers out again instead of fresh zeroed pages, which would hide what was never written.
         reuse = {"MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 28)}
-        with open(log, "ab") as errors:
+        # Written anew, so that a process that dies silently is not given the last words of the one before it.
+        with open(log, "wb") as errors:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "dsa_portable.conformance.worker", backend, str(scratch)],
                 stdin=subprocess.PIPE,
@@ -81,7 +84,7 @@ class Worker:
         threading.Thread(target=self._read, daemon=True).start()
         try:
             self.hello = self.answer(START_SECONDS)
-        except WorkerLost:
+        except BaseException:  # Ctrl-C too: the process is in a session of its own, where no terminal reaches it
             self.kill()
             raise
 
@@ -153,10 +156,28 @@ def run(
 
     backend: a name; else use_backend(), DSA_BACKEND, or cpu.  cases: only these of the list (the others are NOT_RUN).
     resume: keep the rows that an earlier, interrupted run of the same list and backend left in `out`.
-    timeout_scale: multiplies every limit.  emulate: the chip that the backend stands in for; evidence is then EMULATED.
+    timeout_scale: multiplies every limit.  emulate: the chip that the backend stands in for, else DSA_EMULATE; evidence is
+        then EMULATED.
     Raises UsageError, ListError, ReportDirectoryError or BackendError before any case runs.
     """
-    return _Session(backend, level, Path(out), tuple(cases), resume, timeout_scale, emulate, say, command).run()
+    emulate = emulate or os.environ.get(EMULATE) or None
+    with _variable(EMULATE, emulate):
+        return _Session(backend, level, Path(out), tuple(cases), resume, timeout_scale, emulate, say, command).run()
+
+
+@contextlib.contextmanager
+def _variable(name: str, value: str | None) -> Iterator[None]:
+    """Set for one run: the backend reads it here and in the worker, and the next run of this process must not find it."""
+    before = os.environ.get(name)
+    if value is not None:
+        os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
 
 
 class _Session:
@@ -177,15 +198,13 @@ class _Session:
         self.frozen = lists.load(level)
         if unknown := [case for case in cases if case not in self.frozen.cases]:
             raise lists.ListError(f"case {unknown[0]!r} is not on the list {self.frozen.name}; see its ids with --list-cases.")
-        write.prepare(out)
         self.requested = registry.requested(backend)
         self.name = self.requested or "cpu"
         declaration = registry.load(self.name)
         if emulate is not None and emulate not in declaration.emulates:
             known = ", ".join(declaration.emulates) or "none"
             raise UsageError(f"backend {self.name!r} emulates {known}, but --emulate {emulate} was passed; name one of them.")
-        if emulate is not None:
-            os.environ["DSA_EMULATE"] = emulate
+        write.prepare(out)
         self.declaration, self.out, self.wanted, self.resume = declaration, out, set(cases or self.frozen.cases), resume
         self.scale, self.emulate, self.say, self.command = scale, emulate, say, command
         self.rows: dict[str, CaseResult] = {}
@@ -413,7 +432,8 @@ class _Session:
             return Evidence.EMULATED, f"--emulate {self.emulate}"
         if {self.device.chip, self.device.driver} & {"", "unknown"}:
             return Evidence.EMULATED, "the backend's probe does not name chip and driver"
-        executed = [id for id, row in self.rows.items() if row.status in (Status.PASS, Status.FAIL)]
+        # A call that was refused has no duration: it never went to the chip, and says nothing about those that did.
+        executed = [id for id, row in self.rows.items() if row.status in (Status.PASS, Status.FAIL) and row.seconds is not None]
         unreached = [id for id in executed if not self.reached[id]]
         if not executed:
             return Evidence.EMULATED, "no call has reached the chip"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from functools import partial
@@ -10,6 +11,7 @@ from pathlib import Path
 from dsa_portable import capability, signature
 from dsa_portable.formats import LAYOUTS
 from dsa_portable.formats.caches import CacheLayout
+from dsa_portable.profile import Profile
 
 DOCUMENT = Path(__file__).with_name("contract.md")
 BLOCK = re.compile(r"<!-- generated: (?P<name>[\w ]+) -->\n.*?<!-- end -->", re.DOTALL)
@@ -45,11 +47,25 @@ def formats() -> str:
     return "\n".join(lines)
 
 
+def profile() -> str:
+    """The numerics profile: name, default and comment of each field, as the class has them."""
+    lines = ["| field | default | meaning |", "| --- | --- | --- |"]
+    for name, default, comment in re.findall(
+        r"^    (\w+): [\w.]+ = (.*?)(?:  # (.*))?$", inspect.getsource(Profile), re.MULTILINE
+    ):
+        if name == "accumulator":
+            a = Profile().accumulator
+            default, comment = f"{a.bits} bits, {a.rounding}, group {a.group}", "how a dot product is summed, see below"
+        lines.append(f"| `{name}` | {default.strip(chr(34))} | {comment} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     **{s.name: partial(signature.table, s) for s in (*signature.SIGNATURES.values(), signature.MERGE)},
     "layouts": layouts,
     "formats": formats,
     "features": capability.table,
+    "profile": profile,
 }
 
 

@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from traceback import print_exception
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -34,22 +35,29 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         code = _say_error(exc, UNAVAILABLE, options.traceback)
     except DSAError as exc:
         code = _say_error(exc, USAGE, options.traceback)
-    except ModuleNotFoundError as exc:
-        if exc.name not in ("pydantic", "onnx", "onnxruntime"):
-            raise
-        code = _say_error(f"{exc.name} is not installed; run: pip install 'dsa-portable[cpu]'", USAGE, options.traceback)
     except KeyboardInterrupt:
         code = _say_error("interrupted before the first case", INCOMPLETE, options.traceback)
     except BrokenPipeError:
         code = USAGE
+    except Exception as exc:
+        # Python's own exit code would be 1, which says that a case failed.
+        code = _say_error(exc, USAGE, options.traceback, _unexpected(exc))
     sys.exit(code)
 
 
-def _say_error(error: object, code: int, traceback: bool) -> int:
+def _say_error(error: object, code: int, traceback: bool, sentence: str = "") -> int:
     if traceback and isinstance(error, BaseException):
-        raise error
-    print(f"dsa-portable: {error}", file=sys.stderr)
+        print_exception(error)
+    else:
+        print(f"dsa-portable: {sentence or error}", file=sys.stderr)
     return code
+
+
+def _unexpected(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name in ("pydantic", "onnx", "onnxruntime"):
+        return f"{error.name} is not installed; run: pip install 'dsa-portable[cpu]'"
+    first = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__} in the harness or a plug-in ({first}); see where with: dsa-portable --traceback ..."
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -124,7 +132,10 @@ def _backends(options: argparse.Namespace) -> int:
             if backend is not None and backend.install not in status.reason:
                 print(f"  cure        {backend.install}")
         if backend is not None:
-            _print_declared(backend.capabilities(status.device))
+            try:
+                _print_declared(backend.capabilities(status.device))
+            except Exception as exc:  # a plug-in's own code: it must not cost the others their lines
+                print(f"  declares    nothing that can be read ({type(exc).__name__}: {exc}); tell the plug-in's author")
     return 0
 
 
@@ -157,3 +168,7 @@ def _export(options: argparse.Namespace) -> int:
     except OSError as exc:
         raise InvalidArgument(f"{options.directory} cannot be written ({exc.strerror}); name a directory that can.") from exc
     return 0
+
+
+if __name__ == "__main__":
+    main()

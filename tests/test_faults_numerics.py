@@ -1,4 +1,4 @@
-"""Reduced precision must not hide a fault: each is planted under every envelope and caught, and the honest twin passes the same cases."""
+"""Reduced precision must not hide a fault: each is planted under every envelope and caught, and its honest twin passes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dsa_portable.conformance.faults.implementation import LightningIndex, Spars
 from dsa_portable.conformance.judge import Verdict, judge
 from dsa_portable.profile import ENVELOPES, envelope
 
-# Core cases that together catch every index fault, under every profile; decode ones, so that the truncating accumulator is affordable.
+# Core cases that together catch every index fault under every profile; small ones, as the truncating accumulator is slow.
 INDEX_CASES = ("index-e4m3-f32-f32-decode-scores", "index-e4m3-f32-f32-prefill-cancel")
 ATTEND_CASES = ("attend-f32-prefill-flat", "attend-f32-decode-paged64", "attend-f32-prefill-paged64")
 

@@ -1,6 +1,6 @@
-"""One correct implementation of both operators, in NumPy, one small method a step: a planted fault overrides a step, nothing else.
+"""One correct implementation of both operators in NumPy, a method a step: a planted fault overrides a step and nothing else.
 
-It computes with a declared profile, in another order of summation than the emulator, so that an honest run is no copy of the yardstick.
+It computes with a declared profile, but sums in another order than the emulator: an honest run is no copy of the yardstick.
 """
 
 from __future__ import annotations
