@@ -1,4 +1,4 @@
-"""The rules themselves: the certificate is sound and complete, honest arithmetic never breaks a bound, and a breach is found."""
+"""The rules themselves: the certificate is sound and complete, honest arithmetic breaks no bound, and a breach is found."""
 
 from __future__ import annotations
 
