@@ -46,11 +46,15 @@ def load(level: str) -> FrozenList:
     path = files("dsa_portable.conformance") / "lists" / f"{level}.json"
     if level not in LISTS or not path.is_file():
         raise ListError(f"level {level!r} has no list, but {', '.join(LISTS)} have; name one with --level.")
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    cases = {entry["id"]: entry["inputs_sha256"] for entry in stored["cases"]}
-    if stored["sha256"] != _hash(stored["name"], cases) or tuple(cases) != LISTS[level]:
-        raise ListError(f"the lock file of {stored['name']} does not match the cases of this version; reinstall the package.")
-    return FrozenList(stored["name"], level, cases, stored["sha256"])
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        cases = {entry["id"]: entry["inputs_sha256"] for entry in stored["cases"]}
+        found = FrozenList(stored["name"], level, cases, stored["sha256"])
+    except (ValueError, KeyError, TypeError):
+        found = None
+    if found is None or found.sha256 != _hash(found.name, found.cases) or tuple(found.cases) != LISTS[level]:
+        raise ListError(f"the lock file {path.name} does not match the cases of this version; reinstall the package.")
+    return found
 
 
 def inputs_sha256(case_id: str) -> str:

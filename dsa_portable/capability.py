@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from dsa_portable.errors import Unsupported
-from dsa_portable.request import IndexRequest, Request
+from dsa_portable.request import Request
 
 
 class _Any:
@@ -44,15 +44,10 @@ def _when(condition: bool) -> bool | None:
     return True if condition else None
 
 
-def _index(request: Request) -> IndexRequest:
-    assert isinstance(request, IndexRequest)
-    return request
-
-
 _SHARED = (
     Feature("flat", lambda r: _when(r.batch.block_table is None), "keys in one flat array", YES),
     Feature("page_size", lambda r: r.batch.page_size, "paged keys, positions per page", (64, 128)),
-    Feature("ragged", lambda r: _when(r.batch.num_requests != 1), "several requests of unequal lengths", YES),
+    Feature("ragged", lambda r: _when(r.batch.num_requests > 1), "several requests of unequal lengths", YES),
     Feature("out", lambda r: _when(r.out is not None), "results written into arrays of the caller's"),
 )
 

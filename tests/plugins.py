@@ -100,15 +100,15 @@ def conformance(
     return done, report
 
 
+def listen() -> None:
+    """In a new process: be interruptible. A shell's background jobs ignore SIGINT, and their children inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def interrupt(
     folder: Path, how: signal.Signals, line: str, *arguments: object, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """Run the command, send it a signal at the first line that `line` is found in, and wait for its end."""
-
-    def listen() -> None:
-        # A shell's background jobs ignore SIGINT, and their children inherit that.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
     process = subprocess.Popen(
         [COMMAND, *map(str, arguments)],
         cwd=folder,

@@ -126,24 +126,24 @@ def test_the_proven_bounds_hold_for_honest_attention(
 class Scaled(SparseAttend):
     """Everything 0.3% too large."""
 
-    def row(self, q, kv, softmax_scale, value_dim, sink):  # type: ignore[no-untyped-def]
-        out, lse = super().row(q, kv, softmax_scale, value_dim, sink)
+    def attend(self, q, kv, softmax_scale, value_dim, sink):  # type: ignore[no-untyped-def]
+        out, lse = super().attend(q, kv, softmax_scale, value_dim, sink)
         return out * np.float32(1.003), lse
 
 
 class LseBase2(SparseAttend):
     """lse in base 2 (vLLM 28840, SGLang 35045)."""
 
-    def row(self, q, kv, softmax_scale, value_dim, sink):  # type: ignore[no-untyped-def]
-        out, lse = super().row(q, kv, softmax_scale, value_dim, sink)
+    def attend(self, q, kv, softmax_scale, value_dim, sink):  # type: ignore[no-untyped-def]
+        out, lse = super().attend(q, kv, softmax_scale, value_dim, sink)
         return out, lse * np.float32(1.4426950408889634)
 
 
 class LseWithSink(SparseAttend):
     """The sink enters the lse."""
 
-    def row(self, q, kv, softmax_scale, value_dim, sink):  # type: ignore[no-untyped-def]
-        out, lse = super().row(q, kv, softmax_scale, value_dim, sink)
+    def attend(self, q, kv, softmax_scale, value_dim, sink):  # type: ignore[no-untyped-def]
+        out, lse = super().attend(q, kv, softmax_scale, value_dim, sink)
         return out, np.logaddexp(lse, sink) if sink is not None else lse
 
 

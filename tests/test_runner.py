@@ -122,7 +122,9 @@ DEEDS = {
         r"""print('{"status": "done"}', flush=True); os.write(1, b'{"status": "done"}\n'); return answer(request)""",
         "PASS",
     ),
-    "hang": Deed("prefill-plateau", "time.sleep(3600)", reason="no answer within 6 s: it hangs, or --timeout-scale is too small"),
+    "hang": Deed(
+        "prefill-plateau", "time.sleep(3600)", reason="no answer within 6 s: it hangs, or --timeout-scale is too small"
+    ),
     "asks the oracle": Deed(
         "prefill-range",
         "from dsa_portable.conformance.oracle import index_scores",
@@ -155,9 +157,12 @@ DEEDS = {
         reason="RuntimeError: the device returned other bytes than were put on it",
     ),
     "foreign dtype": Deed(
-        "prefill-topk1", "return answer(request).astype(ml_dtypes.float8_e5m2)", "FAIL", "float8_e5m2.*expected int32"
+        "prefill-topk1",
+        "return answer(request).astype(ml_dtypes.float8_e5m2)",
+        "FAIL",
+        "^the call returned float8_e5m2 for indices$",
     ),
-    "no array": Deed("prefill-topk512", "return None", reason="ERROR|TypeError"),
+    "no array": Deed("prefill-topk512", "return None", "FAIL", "^the call returned object for indices$"),
     "nothing written": Deed("decode-flat", "return np.empty(request.results['out'][1], request.q.dtype)", "FAIL", "out is nan"),
     "honest to the end": Deed("prefill-onehot", "return answer(request)", "PASS"),
 }
@@ -182,7 +187,7 @@ def deed(request, answer):
         number = len(log.readlines())
         log.write(f"{{os.getpid()}}\\n")
     return DEEDS[number](request, answer)
-""".replace("{{", "{").replace("}}", "}")
+"""
     + "".join(f"\ndef deed{i}(request, answer):\n    {deed.body}\n" for i, deed in enumerate(DEEDS.values()))
     + f"\nDEEDS = [{', '.join(f'deed{i}' for i in range(len(DEEDS)))}]\n"
 )
@@ -282,14 +287,31 @@ NO_CHIP = "def probe():\n    return replace(CPU.probe(), {})\n"
         ("version='2'", "", (), {}, "HARDWARE", "the probe named chip and driver"),
         ("witness=None", "", (), {}, "EMULATED", "no work was seen on the chip in 1 of 1 cases"),
         ("witness=lambda: 7", "", (), {}, "EMULATED", "no work was seen on the chip in 1 of 1 cases"),
-        ("devices=('cpu',), probe=probe", NO_CHIP.format("chip='unknown'"), (), {}, "EMULATED", "does not name chip and driver"),
+        (
+            "devices=('cpu',), probe=probe",
+            NO_CHIP.format("chip='unknown'"),
+            (),
+            {},
+            "EMULATED",
+            "does not name chip and driver",
+        ),
         ("devices=('cpu',), probe=probe", NO_CHIP.format("driver='unknown'"), (), {}, "EMULATED", "does not name chip and"),
         ("version='2'", "", (), {"TRITON_INTERPRET": "1"}, "SIMULATED", "TRITON_INTERPRET is set"),
         ("version='2'", "", (), {"TRITON_INTERPRET": "0"}, "HARDWARE", "the probe named chip and driver"),
         ("emulates=('chip9',)", "", ("--emulate", "chip9"), {}, "EMULATED", "--emulate chip9"),
         ("emulates=('chip9',)", "", (), {"DSA_EMULATE": "chip9"}, "EMULATED", "--emulate chip9"),
     ],
-    ids=["honest", "no witness", "still witness", "no chip", "no driver", "interpreted", "not interpreted", "emulating", "variable"],
+    ids=[
+        "honest",
+        "no witness",
+        "still witness",
+        "no chip",
+        "no driver",
+        "interpreted",
+        "not interpreted",
+        "emulating",
+        "variable",
+    ],
 )
 def test_evidence(
     tmp_path: Path,
@@ -325,8 +347,8 @@ def test_emulating_what_is_not_declared(tmp_path: Path) -> None:
 
 LITTLE = """
 HAS = CPU.capabilities(None)["lightning_index"]
-FEW = {{"lightning_index": {{**HAS, "format": ("e4m3/f32/f32",), "topk": (1,)}}}}
-""".replace("{{", "{").replace("}}", "}")
+FEW = {"lightning_index": {**HAS, "format": ("e4m3/f32/f32",), "topk": (1,)}}
+"""
 
 
 @pytest.mark.parametrize("interpret", ["", "1"])
@@ -354,7 +376,7 @@ def test_declaring_less_is_no_failure_and_no_level(tmp_path: Path, interpret: st
 def test_a_declaration_is_kept_to_the_letter(tmp_path: Path) -> None:
     """Repeated indices lie in the data: nobody can refuse them, and a case of them counts only where they are declared."""
     source = 'FEW = {o: {n: v for n, v in f.items() if n != "repeated_indices"} for o, f in CPU.capabilities(None).items()}'
-    plugins.module(tmp_path, "little", "capabilities=lambda device: FEW", source.replace("{", "{{").replace("}", "}}"))
+    plugins.module(tmp_path, "little", "capabilities=lambda device: FEW", source)
     case = "attend-bf16-prefill-repeated"
     done, report = conformance(tmp_path, "out", "--backend", "little", cases=[case])
     assert (rows(report)[case].status, rows(report)[case].reason) == (
@@ -455,14 +477,138 @@ def alive(pid: int) -> bool:
 
 # --- planted faults --------------------------------------------------------------------------------------------------------
 
-BF16 = ".astype(ml_dtypes.bfloat16).astype(np.float32)"
+# What ports get wrong, each in a copy of the CPU backend that is right otherwise, with the core cases that are there for it.
+LOOP, TOP = "for owner, rows in _chunks(request, ends):", "return np.flatnonzero(above)"
+SEES_ONE_MORE = "np.minimum(ends + 1, request.batch.seqlens_k[request.batch.request_of_row(len(ends))]) * (ends > 0)"
+ENGINE_CALL = "engine.attend(q, kv, request.softmax_scale, request.value_dim)"
+ROW_WEIGHTS, POSITIONS = "widen(request.weights[block])", "positions = request.indices[row, :limit].astype(np.int64)"
 FAULTS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "causal: one key too few": (
-        ("lightning_index.py", "in request.batch.key_range(request.dims[\"Tq\"]))", "in KEYS_OF(request))"),
+        ("lightning_index.py", LOOP, f"ends = np.maximum(ends - 1, starts)\n    {LOOP}"),
         (f"{HEAD}-decode-paged64",),
     ),
     "causal: one key too many": (
-        ("lightning_index.py", "in request.batch.key_range(request.dims[\"Tq\"]))", "in KEYS_OF(request))"),
-        (f"{HEAD}-prefill-paged64",),
+        ("lightning_index.py", LOOP, f"ends = {SEES_ONE_MORE}\n    {LOOP}"),
+        (f"{HEAD}-decode-lengths", f"{HEAD}-prefill-paged64"),
+    ),
+    "top-k: the best key exchanged for the first that was left out": (
+        ("lightning_index.py", TOP, f"above[[np.argmax(keys), np.flatnonzero(~above)[0]]] = False, True\n    {TOP}"),
+        (f"{HEAD}-prefill-long",),
+    ),
+    "top-k: ties at the boundary displace better keys": (
+        ("lightning_index.py", TOP, "return np.flatnonzero(keys >= threshold)[:topk]"),
+        (f"{HEAD}-prefill-long", f"{HEAD}-prefill-lattice"),
+    ),
+    "k_scale rounded to a power of two": (
+        ("rows.py", "else widen(k_scale[where])", "else np.exp2(np.rint(np.log2(widen(k_scale[where]))))"),
+        (f"{HEAD}-prefill-pow2", f"{HEAD}-decode-scores"),
+    ),
+    "weights rounded to bfloat16": (
+        ("lightning_index.py", ROW_WEIGHTS, "widen(request.weights[block].astype('bfloat16'))"),
+        (f"{HEAD}-prefill-cancel",),
+    ),
+    "index: padding rows left unwritten": (
+        ("lightning_index.py", "indices[:] = -1", "indices[: request.batch.cu_seqlens_q[-1]] = -1"),
+        (f"{HEAD}-prefill-lattice", f"{HEAD}-decode-lengths"),
+    ),
+    "block table ignored": (
+        ("rows.py", "batch.block_table[request, positions // batch.page_size]", "positions // batch.page_size"),
+        ("attend-bf16-decode-lse",),
+    ),
+    "attention: padding rows left unwritten": (
+        ("sparse_attend.py", "out, lse = _row(", "if owners[row] < 0:\n            return\n        out, lse = _row("),
+        ("attend-bf16-prefill-heads16",),
+    ),
+    "lse in base 2": (
+        ("sparse_attend.py", "arrays[1][row] = lse", "arrays[1][row] = lse / np.log(2)"),
+        ("attend-bf16-decode-flat", "attend-bf16-decode-lse"),
+    ),
+    "softmax scale 576^-0.5": (
+        ("sparse_attend.py", ENGINE_CALL, ENGINE_CALL.replace("request.softmax_scale", "width**-0.5")),
+        ("attend-bf16-decode-flat",),
+    ),
+    "-1 read as the last key": (
+        (
+            "sparse_attend.py",
+            POSITIONS,
+            f"{POSITIONS}\n    positions[positions == -1] = request.batch.seqlens_k[owner] - 1",
+        ),
+        ("attend-bf16-decode-flat",),
+    ),
+    "rope part dropped": (
+        ("sparse_attend.py", "q = widen(request.q[row])", "q = widen(request.q[row])\n    q[:, request.value_dim :] = 0"),
+        ("attend-bf16-prefill-onehot",),
     ),
 }
+
+
+@pytest.fixture(scope="module")
+def caught() -> Iterator[dict[str, str]]:
+    """Fault -> the case that caught it, printed as a table in the end (pytest -s)."""
+    table: dict[str, str] = {}
+    yield table
+    print("\n\n" + "\n".join(f"{fault:64}{case}" for fault, case in table.items()))
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_caught(tmp_path: Path, caught: dict[str, str], name: str) -> None:
+    change, cases = FAULTS[name]
+    plugins.copy_of_cpu(tmp_path, "faulty", change)
+    done, report = conformance(tmp_path, "out", cases=cases, level="core", DSA_BACKEND="faulty")
+    failed = [row for row in report.cases if row.status is not Status.NOT_RUN and row.status is not Status.PASS]
+    assert [(row.id, row.status) for row in failed] == [(cases[-1], Status.FAIL)], "the last case catches it, and it alone"
+    assert done.returncode == 1
+    assert f"FAIL {failed[0].id}\n" in done.stdout
+    caught[name] = f"{failed[0].id}: {failed[0].reason}"
+
+
+def test_the_copy_without_a_fault_passes(tmp_path: Path) -> None:
+    plugins.copy_of_cpu(tmp_path, "faultless")
+    cases = sorted({case for _, cases in FAULTS.values() for case in cases})
+    _, report = conformance(tmp_path, "out", cases=cases, level="core", DSA_BACKEND="faultless")
+    assert {id: row.reason for id, row in executed(report).items()} == dict.fromkeys(cases, "")
+
+
+def test_a_change_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(LookupError, match=r"rows.py of the CPU backend holds 'no such text' 0 times"):
+        plugins.copy_of_cpu(tmp_path, "faulty", ("rows.py", "no such text", ""))
+
+
+# --- what is kept of a failure ---------------------------------------------------------------------------------------------
+
+
+def test_a_failure_is_kept_and_can_be_run_again(tmp_path: Path) -> None:
+    case = f"{HEAD}-decode-scores"
+    plugins.copy_of_cpu(tmp_path, "faulty", FAULTS["k_scale rounded to a power of two"][0])
+    done, report = conformance(tmp_path, "out", "--backend", "faulty", cases=[case, SMALL])
+    row = rows(report)[case]
+    assert row.artefact == f"failed/{case}.npz"
+    kept = arrays_file.load(tmp_path / "out" / row.artefact)
+    assert kept["inputs.q"].dtype == ml_dtypes.float8_e4m3fn
+    assert kept["inputs.k_scale"].dtype == np.float32
+    assert kept["batch.seqlens_k"].tolist() == [8192, 100, 3000]
+    assert kept["outputs.indices"].shape == kept["outputs.scores"].shape == (7, 2048)
+    assert kept["judged.true_scores"].shape == kept["judged.bound"].shape
+    assert f"kept    {row.artefact}" in done.stdout
+    again = subprocess.run(
+        row.reproducer,
+        shell=True,
+        cwd=tmp_path,
+        env=plugins.environment(tmp_path, PATH=f"{plugins.SCRIPTS}:{os.environ['PATH']}"),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert shlex.split(row.reproducer)[-1] == case
+    assert again.returncode == 1, again.stderr
+    alone = schema.load(tmp_path / "dsa-report" / "report.json")
+    assert rows(alone)[case].reason == row.reason
+    assert {other.status for other in alone.cases if other.id != case} == {Status.NOT_RUN}
+
+
+def test_a_passing_case_alone_is_not_everything(tmp_path: Path) -> None:
+    done, report = conformance(tmp_path, "out", "--backend", "cpu", cases=[SMALL])
+    assert done.returncode == 3
+    assert report.verdict == "INCOMPLETE: 39 of 40 cases were not run (HARDWARE)"
+    assert {row.reason for row in report.cases if row.status is Status.NOT_RUN} == {"not asked for"}
+    assert not (tmp_path / "out" / "failed").exists()

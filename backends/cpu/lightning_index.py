@@ -18,6 +18,7 @@ ROWS, KEYS = 8, 1024  # scores of all heads of one tile stay in the second-level
 
 def lightning_index(request: IndexRequest) -> Array | tuple[Array, Array]:
     """Indices, or (indices, scores) with `return_scores`; see dsa_portable.lightning_index."""
+    settings.check()  # before anything is written
     indices, scores = _results(request)
     indices[:] = -1
     if scores is not None:

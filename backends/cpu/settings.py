@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 import numpy as np
 
 from dsa_portable.backend import Device
-from dsa_portable.errors import DeviceUnavailable, InvalidArgument
+from dsa_portable.errors import DeviceUnavailable
 
 Float32: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 T = TypeVar("T")
@@ -69,20 +69,31 @@ def memory() -> int:
     """`DSA_CPU_MEMORY` in bytes: scratch beyond inputs and results, 1 GiB by default."""
     size = _positive("DSA_CPU_MEMORY", DEFAULT_MEMORY)
     if size < LEAST_MEMORY:
-        raise InvalidArgument(f"DSA_CPU_MEMORY is {size} bytes, but at least {LEAST_MEMORY} are needed for one tile; raise it.")
+        raise DeviceUnavailable(f"DSA_CPU_MEMORY is {size} bytes, but one tile needs at least {LEAST_MEMORY}; raise it.")
     return size
 
 
 def _positive(variable: str, default: int) -> int:
     text = os.environ.get(variable) or str(default)
     if not text.isdecimal() or int(text) < 1:
-        raise InvalidArgument(f"{variable} is {text!r}, but a whole number >= 1 is accepted; set one or unset it.")
+        raise DeviceUnavailable(f"{variable} is {text!r}, but a whole number >= 1 is accepted; set one or unset it.")
     return int(text)
+
+
+def check() -> None:
+    """Raise DeviceUnavailable where a variable is set to what cannot be."""
+    for setting in (engine_name, threads, memory):
+        setting()
 
 
 @cache
 def _pool(workers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(workers, thread_name_prefix="dsa-cpu")
+
+
+if hasattr(os, "register_at_fork"):
+    # A forked process inherits the pool without its threads, and would wait for them for ever.
+    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def run_all(function: Callable[[T], None], tasks: Iterable[T], workers: int) -> None:
@@ -99,6 +110,7 @@ def run_all(function: Callable[[T], None], tasks: Iterable[T], workers: int) -> 
 
 def probe() -> Device:
     """This machine's processor and the engine that would run."""
+    check()  # a wrong setting shows here, and not as a failure of the first call
     name = engine_name()
     packages = ("numpy", "ml_dtypes", *(("onnxruntime",) if name == "onnx" else ()))
     for package in packages:

@@ -15,6 +15,7 @@ Array: TypeAlias = np.ndarray[Any, Any]
 
 def sparse_attend(request: AttendRequest) -> Array | tuple[Array, Array]:
     """Output, or (output, lse) with `return_lse`; see dsa_portable.sparse_attend."""
+    settings.check()  # before anything is written
     arrays = request.out or tuple(np.empty(shape, _dtype(request, dtype)) for dtype, shape in request.results.values())
     owners = np.asarray(request.batch.request_of_row(request.dims["Tq"]))
     engine = settings.engine()

@@ -21,7 +21,7 @@ LONG = {short: name for name, short in SHORT.items()}
 # Per operand: the power of two that brings `bell` (and the heads' weighted sum) into the format's usual range.
 OPERAND_SCALE = {"e4m3": 1.0, "int8": 0.25, "bf16": 2.0**-7, "f16": 2.0**-7, "f32": 2.0**-7}
 WEIGHT_SCALE = {"e4m3": 2.0**-24, "int8": 2.0**-20, "bf16": 2.0**-20, "f16": 2.0**-20, "f32": 2.0**-20}
-# How much larger a key around the causal boundary is: it always ranks among the best, so that seeing one too many or few shows.
+# How much larger a key around the causal boundary is: it nearly always ranks among the best, so that one too many or few shows.
 BOUNDARY_BOOST = 8
 
 

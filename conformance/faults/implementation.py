@@ -1,6 +1,7 @@
 """One correct implementation of both operators in NumPy, a method a step: a planted fault overrides a step and nothing else.
 
 It computes with a declared profile, but sums in another order than the emulator: an honest run is no copy of the yardstick.
+Everything inside the operators' boundary is done here anew: visibility, pages, caches, selection; each can be done wrong.
 """
 
 from __future__ import annotations
@@ -9,19 +10,68 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from dsa_portable.conformance import oracle
 from dsa_portable.conformance.cases.call import Call
 from dsa_portable.conformance.emulator import dot, rounded, stored
+from dsa_portable.formats import layout, unpack
 from dsa_portable.profile import Profile
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
 
-class LightningIndex:
-    """An honest lightning_index; the public steps below are what a fault may override."""
+class Kernel:
+    """What both operators share: requests, rows and where a position lies in memory."""
 
     def __init__(self, profile: Profile) -> None:
         self.profile = profile
+
+    def length(self, call: Call, request: int) -> int:
+        """Keys of a request."""
+        return int(call.batch["seqlens_k"][request])
+
+    def page(self, call: Call, request: int, page: Array) -> Array:
+        """Physical page of each logical page of a request."""
+        return np.asarray(call.batch["block_table"][request][page].astype(np.int64))
+
+    def places(self, call: Call, request: int, positions: Array) -> Array:
+        """Rows of the keys' memory, pages flattened."""
+        if "block_table" not in call.batch:
+            return int(call.batch["cu_seqlens_k"][request]) + positions
+        size = int(call.batch_options["page_size"])
+        return self.page(call, request, positions // size) * size + positions % size
+
+    def rows_of(self, call: Call, request: int) -> range:
+        """Query rows of a request."""
+        return range(int(call.batch["cu_seqlens_q"][request]), int(call.batch["cu_seqlens_q"][request + 1]))
+
+    def fetch(self, memory: Array, places: Array) -> Array:
+        """float32 rows of one stored array; pages flattened."""
+        return memory.reshape(-1, memory.shape[-1])[places].astype(np.float32)
+
+
+class LightningIndex(Kernel):
+    """An honest lightning_index."""
+
+    def span(self, call: Call, request: int, row: int) -> tuple[int, int]:
+        """(start, end) of the positions a row sees."""
+        length, mine = self.length(call, request), self.rows_of(call, request)
+        if "key_start" in call.batch:
+            start, end = (min(max(int(call.batch[name][row]), 0), length) for name in ("key_start", "key_end"))
+            return start, max(start, end)
+        if not call.batch_options["causal"]:
+            return 0, length
+        return 0, max(0, self.causal_end(length, len(mine), row - mine.start))
+
+    def causal_end(self, keys: int, rows: int, i: int) -> int:
+        """First position that row i of a request does not see."""
+        return keys - rows + i + 1
+
+    def keys(self, call: Call, places: Array) -> tuple[Array, Array]:
+        """(k [n, D], scale [n]) in float32."""
+        k, scale, name = call.arrays["k"], call.arrays.get("k_scale"), call.options["k_layout"]
+        if name is not None:
+            k, scale, _ = unpack(name, k)
+        found = np.ones(len(places), np.float32) if scale is None else scale.reshape(-1)[places].astype(np.float32)
+        return self.fetch(k, places), found
 
     def operands(self, q: Array, k: Array) -> tuple[Array, Array]:
         """q [H, D] of one row and k [n, D]."""
@@ -35,74 +85,146 @@ class LightningIndex:
         """[n], the keys' scales."""
         return rounded(scale, self.profile.scale_compute)
 
+    def activate(self, dots: Array) -> Array:
+        """relu."""
+        return np.maximum(dots, 0)
+
     def head_sum(self, weights: Array, dots: Array) -> Array:
         """sum_h weights[h] * dots[h, n]."""
         return np.asarray(weights @ dots)
 
-    def select(self, scores: Array, topk: int) -> Array:
-        """Ascending positions of the topk largest, ties to the lowest."""
-        return np.sort(np.argsort(-scores, kind="stable")[:topk])
-
-    def scores(self, call: Call, row: int, request: int, start: int, end: int) -> Array:
-        """float32 scores of positions start .. end-1 of one row."""
-        keys, scale = oracle.index_keys(call, request, np.arange(start, end))
-        heads = np.argsort(np.arange(call.arrays["q"].shape[1]) * 7919 % 104729)
-        q, k = self.operands(call.arrays["q"][row].astype(np.float32), keys.astype(np.float32))
+    def scores(self, q: Array, k: Array, weights: Array, scale: Array) -> Array:
+        """float32 [n] of one row."""
+        q, k = self.operands(q, k)
+        heads = np.argsort(np.arange(len(q)) * 7919 % 104729)
         # Dimensions last to first and heads shuffled: another legal order of summation.
         dots = stored(dot(q[heads][:, ::-1], k[:, ::-1], self.profile.accumulator), self.profile)
-        total = self.head_sum(self.weights(call.arrays["weights"][row].astype(np.float32))[heads], np.maximum(dots, 0))
+        total = self.head_sum(self.weights(weights)[heads], self.activate(dots))
         return rounded(total * self.scale(scale), self.profile.logit)
+
+    def select(self, scores: Array, topk: int) -> Array:
+        """Positions of the topk largest, ties to the lowest."""
+        return np.argsort(-np.nan_to_num(scores, nan=-np.inf), kind="stable")[:topk]
+
+    def order(self, chosen: Array) -> Array:
+        """Ascending."""
+        return np.sort(chosen)
+
+    def pad(self, chosen: Array, topk: int) -> Array:
+        """[topk]: packed to the left, tail -1."""
+        return np.concatenate([chosen, np.full(topk - len(chosen), -1, np.int64)])
+
+    def row(self, call: Call, request: int, row: int) -> tuple[Array, Array]:
+        """(indices [topk], scores [topk]) of one row."""
+        start, end = self.span(call, request, row)
+        topk = int(call.options["topk"])
+        keys, scale = self.keys(call, self.places(call, request, np.arange(start, end)))
+        q, weights = (call.arrays[name][row].astype(np.float32) for name in ("q", "weights"))
+        found = self.scores(q, keys, weights, scale)
+        chosen = self.order(self.select(found, topk))
+        tail = np.full(max(0, topk - len(chosen)), -np.inf, np.float32)
+        return self.pad(chosen + start, topk), np.concatenate([found[chosen], tail])
 
     def run(self, call: Call) -> dict[str, Array]:
         """The operator's outputs for a whole call."""
-        shape = (len(call.arrays["q"]), call.options["topk"])
+        shape = (len(call.arrays["q"]), int(call.options["topk"]))
         indices, scores = np.full(shape, -1, np.int32), np.full(shape, -np.inf, np.float32)
-        for row, request, start, end in oracle.rows(call):
-            if start < end:
-                found = self.scores(call, row, request, start, end)
-                chosen = self.select(found, shape[1])
-                indices[row, : len(chosen)] = chosen + start
-                scores[row, : len(chosen)] = found[chosen]
+        for request in range(len(call.batch["seqlens_k"])):
+            for row in self.rows_of(call, request):
+                indices[row], scores[row] = self.row(call, request, row)
         return {"indices": indices, "scores": scores} if call.options.get("return_scores") else {"indices": indices}
 
 
-class SparseAttend:
-    """An honest sparse_attend; the public steps below are what a fault may override."""
+class SparseAttend(Kernel):
+    """An honest sparse_attend."""
 
-    def __init__(self, profile: Profile) -> None:
-        self.profile = profile
+    def entries(self, call: Call, row: int) -> Array:
+        """The leading entries of the row that count."""
+        entries = call.arrays["indices"][row].astype(np.int64)
+        return entries[: max(0, int(call.arrays["topk_length"][row]))] if "topk_length" in call.arrays else entries
+
+    def valid(self, entries: Array, length: int) -> Array:
+        """Those that name a key; the others are skipped wherever they stand."""
+        return entries[(entries >= 0) & (entries < length)]
+
+    def stored_rows(self, call: Call, places: Array) -> Array:
+        """kv [n, Dqk] in float32; a packed row is value * scale of its tile, beside the rotated part."""
+        name, kv = call.options["kv_layout"], call.arrays["kv"]
+        if name is None:
+            return self.fetch(kv, places)
+        values, scale, rope = unpack(name, kv)
+        assert rope is not None
+        tiles = np.repeat(self.fetch(scale, places), layout(name).tile, axis=1)
+        return np.concatenate([self.fetch(values, places) * tiles, self.fetch(rope, places)], axis=1)
 
     def kv(self, kv: Array) -> Array:
-        """[n, Dqk] of one row."""
+        """[n, Dqk] of one row as it is multiplied."""
         return rounded(kv, self.profile.kv_compute)
 
+    def logits(self, q: Array, kv: Array, softmax_scale: float) -> Array:
+        """[Hq, n]."""
+        return rounded(dot(q[:, ::-1], kv[:, ::-1], self.profile.accumulator) * np.float32(softmax_scale), self.profile.logit)
+
+    def shares(self, logits: Array, top: Array) -> Array:
+        """exp(logit - maximum) [Hq, n]."""
+        return np.asarray(np.exp(logits - top[:, None]))
+
     def probabilities(self, shares: Array) -> Array:
-        """exp(logit - maximum) [Hq, n] as they enter the product with the values."""
+        """As they enter the product with the values."""
         return rounded(shares, self.profile.p)
 
-    def row(self, q: Array, kv: Array, softmax_scale: float, value_dim: int, sink: Array | None) -> tuple[Array, Array]:
-        """(out, lse) of one row over n >= 1 keys, keys in two halves that are merged by their maxima."""
+    def values(self, kv: Array, value_dim: int) -> Array:
+        """[n, value_dim]."""
+        return kv[:, :value_dim]
+
+    def sink_share(self, sink: Array, top: Array) -> Array:
+        """What a sink adds to the normaliser, relative to exp(maximum)."""
+        return np.asarray(np.exp(sink - top))
+
+    def lse(self, top: Array, total: Array, sink: Array | None) -> Array:
+        """Natural logarithm, keys only."""
+        return np.asarray(top + np.log(total))
+
+    def store(self, out: Array, dtype: np.dtype[Any]) -> Array:
+        """float32 to the output's dtype, to nearest."""
+        return np.asarray(out.astype(dtype))
+
+    def attend(self, q: Array, kv: Array, softmax_scale: float, value_dim: int, sink: Array | None) -> tuple[Array, Array]:
+        """(out float32, lse) of one row over n >= 1 keys."""
         kv = self.kv(kv)
-        logits = rounded(dot(q[:, ::-1], kv[:, ::-1], self.profile.accumulator) * np.float32(softmax_scale), self.profile.logit)
+        logits = self.logits(q.astype(np.float32), kv, softmax_scale)
         top = logits.max(axis=1)
-        shares = np.exp(logits - top[:, None])
+        shares = self.shares(logits, top)
         p = self.probabilities(shares)
         total = (p if self.profile.normaliser == "rounded" else shares)[:, ::-1].sum(axis=1)
-        lse = top + np.log(total)
+        lse = self.lse(top, total, sink)
         if sink is not None:
             with np.errstate(over="ignore"):
-                total = total + np.exp(sink - top)
-        values = np.ascontiguousarray(kv[::-1, :value_dim].T)
+                total = total + self.sink_share(sink, top)
+        values = np.ascontiguousarray(self.values(kv, value_dim)[::-1].T)
         return dot(np.ascontiguousarray(p[:, ::-1]), values, self.profile.accumulator) / total[:, None], lse
+
+    def empty(self, heads: int, value_dim: int) -> tuple[Array, Array]:
+        """(out, lse) of a row without a valid index."""
+        return np.zeros((heads, value_dim), np.float32), np.full(heads, -np.inf, np.float32)
+
+    def row(self, call: Call, request: int, row: int) -> tuple[Array, Array]:
+        """(out in q's dtype, lse) of one row."""
+        q, options = call.arrays["q"][row], call.options
+        positions = self.valid(self.entries(call, row), self.length(call, request))
+        if not len(positions):
+            out, lse = self.empty(len(q), options["value_dim"])
+        else:
+            kv = self.stored_rows(call, self.places(call, request, positions))
+            out, lse = self.attend(q, kv, options["softmax_scale"], options["value_dim"], call.arrays.get("attn_sink"))
+        return self.store(out, q.dtype), lse
 
     def run(self, call: Call) -> dict[str, Array]:
         """The operator's outputs for a whole call."""
-        q, options = call.arrays["q"], call.options
-        out = np.zeros((*q.shape[:2], options["value_dim"]), q.dtype)
+        q = call.arrays["q"]
+        out = np.zeros((*q.shape[:2], call.options["value_dim"]), q.dtype)
         lse = np.full(q.shape[:2], -np.inf, np.float32)
-        for row, request, _, _ in oracle.rows(call):
-            kv, _ = oracle.attention_row(call, row, request)
-            if len(kv):
-                found = self.row(q[row], kv, options["softmax_scale"], options["value_dim"], call.arrays.get("attn_sink"))
-                out[row], lse[row] = found[0].astype(q.dtype), found[1]
-        return {"out": out, "lse": lse} if options.get("return_lse") else {"out": out}
+        for request in range(len(call.batch["seqlens_k"])):
+            for row in self.rows_of(call, request):
+                out[row], lse[row] = self.row(call, request, row)
+        return {"out": out, "lse": lse} if call.options.get("return_lse") else {"out": out}

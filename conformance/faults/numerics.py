@@ -48,7 +48,7 @@ class ScalePowerOfTwo(LightningIndex):
 
     def scale(self, scale: Array) -> Array:
         """Rounded down to a power of two."""
-        return (scale.astype(np.float32).view(np.uint32) & np.uint32(0xFF800000)).view(np.float32)
+        return np.asarray((scale.astype(np.float32).view(np.uint32) & np.uint32(0xFF800000)).view(np.float32))
 
 
 class HeadSumBfloat16(LightningIndex):

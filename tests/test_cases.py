@@ -1,0 +1,669 @@
+"""Cases are data: the same bytes on every machine, each hazard really in them, every required feature tried in every claim."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsa_portable.arrays import NUMPY_DTYPES
+from dsa_portable.capability import FEATURES
+from dsa_portable.conformance import claims, lists, oracle
+from dsa_portable.conformance import run as run_list
+from dsa_portable.conformance.cases import storage, values
+from dsa_portable.conformance.cases.attend import INVALID, AttendCase
+from dsa_portable.conformance.cases.call import Call, request_of
+from dsa_portable.conformance.cases.catalogue import CASES, HAZARDS, LISTS, Case
+from dsa_portable.conformance.cases.index import WEIGHT_SCALE, IndexCase
+from dsa_portable.formats import unpack
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+# --- values: what another machine or another NumPy must reproduce ---
+
+
+def test_words_are_known() -> None:
+    expected = [0xDCCDD3266928BEF7, 0x6193D46048C2C9AC, 0x0A23553133788EFF, 0x7C5B7132639C80F1]
+    assert values.words("dsa-portable", 4).tolist() == expected
+    assert values.words("dsa-portable", 2).dtype == np.dtype("<u8")
+    assert values.words("dsa-portablf", 4).tolist() != expected
+
+
+def test_values_are_known() -> None:
+    name = "dsa-portable"
+    assert values.bell(name, (6,)).tolist() == [72, 164, 129, 42, 58, -331]
+    assert values.fine_bell(name, (4,)).tolist() == [55316, 18531, -56883, -11748]
+    assert values.integers(name, (6,), -3, 12).tolist() == [10, 3, -3, 4, 12, 10]
+    assert values.permutation(name, 8).tolist() == [2, 7, 1, 3, 6, 0, 5, 4]
+    assert values.subset(name, 100, 4).tolist() == [12, 34, 22, 26]
+    assert [x.hex() for x in values.scales(name, (2,), False).tolist()] == ["0x1.d200300000000p-1", "0x1.98a11a0000000p-4"]
+    assert values.scales(name, (4,), True).tolist() == [0.5, 0.0625, 0.25, 0.25]
+
+
+def test_bells_follow_from_the_words() -> None:
+    words = [int(word) for word in values.words("any", 50)]
+    octets = [word.to_bytes(8, "little") for word in words]
+    bells = [sum(half) - 510 for octet in octets for half in (octet[:4], octet[4:])]
+    fine = [sum(int.from_bytes(octet[i : i + 2], "little") for i in (0, 2, 4, 6)) - 131070 for octet in octets]
+    assert values.bell("any", (99,)).tolist() == bells[:99]
+    assert values.fine_bell("any", (50,)).tolist() == fine
+
+
+def test_bells_have_the_range_and_deviation_they_state() -> None:
+    for generate, edge, deviation in ((values.bell, 510, 147.8), (values.fine_bell, 131070, 37837.0)):
+        drawn = generate("many", (1000, 200))
+        assert drawn.dtype == np.int32
+        assert drawn.shape == (1000, 200)
+        assert abs(drawn).max() <= edge
+        assert abs(drawn.std() - deviation) < 0.01 * deviation
+        assert abs(drawn.mean()) < 0.01 * deviation
+
+
+@given(st.text(max_size=8), st.integers(0, 40), st.integers(-(2**31), 2**31 - 1), st.integers(0, 2**31))
+def test_integers_stay_in_bounds(name: str, count: int, low: int, width: int) -> None:
+    drawn = values.integers(name, (count,), low, low + width)
+    assert drawn.dtype == np.int64
+    assert ((drawn >= low) & (drawn <= low + width)).all()
+
+
+def test_integers_reach_both_bounds_about_equally_often() -> None:
+    drawn, counts = np.unique(values.integers("die", (60000,), 1, 6), return_counts=True)
+    assert drawn.tolist() == [1, 2, 3, 4, 5, 6]
+    assert (abs(counts - 10000) < 400).all()
+
+
+@given(st.text(max_size=8), st.integers(1, 300), st.data())
+def test_permutation_and_subset(name: str, count: int, data: st.DataObject) -> None:
+    assert np.array_equal(np.sort(values.permutation(name, count)), np.arange(count))
+    taken = data.draw(st.integers(0, count))
+    chosen = values.subset(name, count, taken)
+    assert len(np.unique(chosen)) == len(chosen) == taken
+
+
+def test_scales_are_positive_numbers_with_full_significands_or_powers_of_two() -> None:
+    full, powers = values.scales("s", (5000,), False), values.scales("s", (5000,), True)
+    for drawn in (full, powers):
+        assert drawn.dtype == np.float32
+        assert ((drawn >= 2.0**-4) & (drawn <= 1)).all()
+    assert (np.frexp(powers)[0] == 0.5).all()
+    assert (full.view(np.uint32) & 1).mean() > 0.45  # the last bit of the significand is in use
+    assert not (np.frexp(full)[0] == 0.5).any()
+    assert np.isfinite(values.scales("s", (5000,), False, "float16")).all()
+
+
+@given(st.sampled_from(sorted(WEIGHT_SCALE)), st.text(max_size=8))
+def test_natural_weights_fit_float32(operand: str, name: str) -> None:
+    weights = (values.fine_bell(name, (64,)) + 25000) * WEIGHT_SCALE[operand]
+    assert np.array_equal(values.cast(weights, "float32").astype(np.float64), weights)
+
+
+def test_cast_clamps_rounds_to_even_and_truncates() -> None:
+    assert values.cast(np.array([1e9, -1e9, 17.0, 19.0]), "float8_e4m3fn").astype(float).tolist() == [448, -448, 16, 20]
+    assert values.cast(np.array([257.0, 259.0]), "bfloat16").astype(float).tolist() == [256, 260]
+    assert values.cast(np.array([127.5, -127.5, 2.0]), "int8").tolist() == [127, -127, 2]
+    with np.errstate(invalid="ignore"):
+        assert np.isnan(values.cast(np.array([np.nan]), "float8_e4m3fn").astype(float)).all()
+
+
+# --- storage ---
+
+LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=5).map(tuple)
+
+
+@given(LENGTHS, st.integers(0, 4))
+def test_flat_storage_leaves_gaps(lengths: tuple[int, ...], gap: int) -> None:
+    stored = storage.flat(lengths, gap)
+    begins = stored.batch["cu_seqlens_k"]
+    assert (np.diff(begins) == np.array(lengths) + gap).all()
+    for begin, length, row in zip(begins, lengths, stored.rows, strict=False):
+        assert np.array_equal(row, begin + np.arange(length))
+    assert stored.size == begins[-1]
+    assert stored.batch["seqlens_k"].tolist() == list(lengths)
+
+
+@given(st.text(max_size=6), LENGTHS, st.sampled_from([1, 2, 4, 16]), st.integers(0, 3))
+def test_pages_belong_to_one_request_or_to_the_shared_prefix(
+    name: str, lengths: tuple[int, ...], page_size: int, shared_pages: int
+) -> None:
+    stored = storage.paged(name, lengths, page_size, shared_pages)
+    table, num_pages = stored.batch["block_table"], stored.size // page_size
+    assert table.dtype == np.int32
+    longest = lengths.index(max(lengths))
+    owner: dict[int, tuple[int, int]] = {}
+    for r in sorted(range(len(lengths)), key=lambda r: r != longest):
+        used = -(-lengths[r] // page_size)
+        assert len(set(table[r, :used].tolist())) == used
+        assert ((table[r, :used] >= 0) & (table[r, :used] < num_pages)).all()
+        # Unused entries name no page, so that following one shows.
+        assert len(table[r, used:]) >= 3
+        assert ((table[r, used:] < 0) | (table[r, used:] >= num_pages)).all()
+        for number, page in enumerate(table[r, :used].tolist()):
+            holder = owner.setdefault(page, (r, number))
+            shared = r != longest and number < min(shared_pages, lengths[r] // page_size)
+            assert holder == ((longest, number) if shared else (r, number))
+        positions = np.arange(lengths[r])
+        assert np.array_equal(stored.rows[r], table[r, positions // page_size] * page_size + positions % page_size)
+    assert num_pages == len(owner) + 2  # two pages that nothing names
+
+
+@given(LENGTHS, st.sampled_from([None, 1, 4]), st.integers(0, 3))
+def test_place_fills_what_no_request_owns(lengths: tuple[int, ...], page_size: int | None, shared: int) -> None:
+    stored = storage.paged("p", lengths, page_size, shared) if page_size else storage.flat(lengths, 2)
+    drawn = [values.integers(f"v{r}", (length, 3), 0, 9) for r, length in enumerate(lengths)]
+    logical = storage.share(stored, drawn)
+    placed = stored.place(logical, np.array(-1)).reshape(-1, 3)
+    owned = np.zeros(stored.size, bool)
+    for places, array in zip(stored.rows, logical, strict=True):
+        assert np.array_equal(placed[places], array)
+        owned[places] = True
+    assert (placed[~owned] == -1).all()
+    assert (~owned).any()
+    longest = lengths.index(max(lengths))
+    assert np.array_equal(logical[longest], drawn[longest])
+
+
+# --- the table: checks that build nothing ---
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_entry(case: Case) -> None:
+    assert re.fullmatch(r"[a-z0-9_-]+", case.id)
+    assert case.id.startswith(("index-", "attend-"))
+    assert re.fullmatch(r"[A-Za-z0-9].*[^.\s]\.", case.why)
+    assert not re.search(r"[.!?]\s", case.why), "one sentence"
+    assert case.hazards
+    assert set(case.hazards) <= set(HAZARDS)
+    rows = sum(lq for lq, _ in case.requests)
+    if isinstance(case, IndexCase):
+        assert sum(lq * lk for lq, lk in case.requests) <= 1 << 19
+    else:
+        assert (rows + case.padding_rows) * case.heads * case.topk <= 8 * 128 * 2048
+
+
+def test_ids_are_unique_and_lists_name_cases() -> None:
+    assert all(name == case.id for name, case in CASES.items())
+    assert set(LISTS["smoke"]) < set(LISTS["core"]) == set(CASES)
+    for names in LISTS.values():
+        assert len(set(names)) == len(names)
+
+
+def test_every_hazard_has_a_core_case() -> None:
+    assert {hazard for name in LISTS["core"] for hazard in CASES[name].hazards} == set(HAZARDS)
+
+
+def test_seeds_change_values_and_keep_shapes() -> None:
+    case = CASES["index-e4m3-f32-f32-decode-lengths"]
+    one, other = case.build(), case.build("7/")
+    assert one.sha256() == case.build().sha256() != other.sha256()
+    assert {n: a.shape for n, a in one.arrays.items()} == {n: a.shape for n, a in other.arrays.items()}
+
+
+@pytest.mark.parametrize("operator", FEATURES)
+def test_boundary_lengths_are_tried_by_every_format(operator: str) -> None:
+    wanted = {0, 1, 2047, 2048, 2049, 16385, 65537}
+    for format in {case.format for case in CASES.values() if case.operator == operator}:
+        mine = [case for case in CASES.values() if (case.operator, case.format) == (operator, format)]
+        assert wanted <= {lk for case in mine if case.phase == "decode" for _, lk in case.requests}
+
+
+def features_of_table(case: Case) -> dict[str, Any]:
+    """What capability.FEATURES finds in the call, read off the table instead; `test_features` compares the two."""
+    options = dict(case.options)
+    found: dict[str, Any] = {
+        "format": case.format,
+        "heads": case.heads,
+        "topk": case.topk,
+        "flat": case.page_size is None or None,
+        "page_size": case.page_size,
+        "ragged": len(case.requests) > 1 or None,
+        "out": options.get("out"),
+    }
+    if isinstance(case, IndexCase):
+        found |= {
+            "head_dim": case.head_dim,
+            "k_layout": case.k_layout,
+            "unsorted": options.get("sorted") is False or None,
+            "return_scores": options.get("return_scores"),
+            "key_range": case.ranges or None,
+            "non_causal": not case.causal or None,
+        }
+    else:
+        found |= {
+            "dims": "/".join(map(str, case.dims)),
+            "return_lse": options.get("return_lse"),
+            "attn_sink": case.sink or None,
+            "topk_length": case.topk_length or None,
+            "repeated_indices": case.repeated or None,
+        }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+# The order of the result is the call's, not the operands': one claim tries it.
+TRIED_ONCE = {("lightning_index", "unsorted")}
+CLAIMS = sorted({(case.operator, case.format, case.phase) for case in CASES.values()})
+
+
+@pytest.mark.parametrize(("operator", "format", "phase"), CLAIMS)
+def test_required_features_are_tried_in_every_claim(operator: str, format: str, phase: str) -> None:
+    mine = [case for case in CASES.values() if (case.operator, case.format, case.phase) == (operator, format, phase)]
+    tried = [(name, value) for case in mine for name, value in features_of_table(case).items()]
+    for feature in FEATURES[operator]:
+        if (operator, feature.name) not in TRIED_ONCE:
+            missing = [value for value in feature.required if (feature.name, value) not in tried]
+            assert not missing, f"no {phase} case of {format} has {feature.name} = {missing}"
+
+
+@pytest.mark.parametrize("operator", FEATURES)
+def test_every_feature_is_tried_by_some_case(operator: str) -> None:
+    tried = {name for case in CASES.values() if case.operator == operator for name in features_of_table(case)}
+    assert tried == {feature.name for feature in FEATURES[operator]}
+
+
+# --- built cases: each is built once, and all checks that need its arrays run on it ---
+
+# In CI the headline formats and one case of every other claim; the rest by hand.
+SAMPLE = {name for name in LISTS["smoke"]} | {next(c.id for c in CASES.values() if c.format == f) for _, f, _ in CLAIMS}
+
+
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=[] if n in SAMPLE else pytest.mark.slow) for n in CASES])
+def built(request: pytest.FixtureRequest) -> tuple[Case, Call]:
+    case = CASES[request.param]
+    return case, case.build()
+
+
+def test_hash_is_the_frozen_one(built: tuple[Case, Call]) -> None:
+    case, call = built
+    for level, names in LISTS.items():
+        assert case.id not in names or lists.load(level).cases[case.id] == call.sha256()
+
+
+def test_features(built: tuple[Case, Call]) -> None:
+    case, call = built
+    request = request_of(call)
+    assert (request.operator, request.format, request.batch.phase) == (case.operator, case.format, case.phase)
+    assert claims.features_of(case, call) == features_of_table(case)
+
+
+def test_index_cases_have_selective_rows(built: tuple[Case, Call]) -> None:
+    case, call = built
+    if isinstance(case, IndexCase):
+        assert any(end - start > case.topk for _, _, start, end in oracle.rows(call))
+
+
+def stored_parts(call: Call) -> list[Array]:
+    """The parts of the keys' memory as numbers, `[places, ...]` each: keys alone, keys and scale, or a cache unpacked."""
+    main, layout = ("k", "k_layout") if call.operator == "lightning_index" else ("kv", "kv_layout")
+    parts = unpack(call.options[layout], call.arrays[main]) if call.options[layout] else (call.arrays[main],)
+    extra = (call.arrays["k_scale"],) if "k_scale" in call.arrays else ()
+    trailing = 2 if call.batch_options["page_size"] else 1
+    arrays = [np.asarray(part) for part in (*parts, *extra) if part is not None]
+    return [a.reshape(int(np.prod(a.shape[:trailing])), -1).astype(np.float32) for a in arrays]
+
+
+def read_places(case: Case, call: Call) -> tuple[set[int], set[int]]:
+    """(places that some row may read, places of the shared prefix, which hold numbers whether read or not)."""
+    places: list[list[int]] = []
+    size = case.page_size or 1
+    for r, length in enumerate(call.batch["seqlens_k"].tolist()):
+        if case.page_size:
+            pages = call.batch["block_table"][r].tolist()
+            places.append([pages[p // size] * size + p % size for p in range(length)])
+        else:
+            places.append([int(call.batch["cu_seqlens_k"][r]) + p for p in range(length)])
+    prefix = {place for row in places for place in row[: case.shared_pages * size]} if case.page_size else set()
+    if isinstance(case, IndexCase):
+        return {place for row in places for place in row}, prefix
+    read = set()
+    lengths = call.arrays.get("topk_length", np.full(len(call.arrays["q"]), case.topk))
+    ends = call.batch["cu_seqlens_q"].tolist()
+    for r, (begin, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+        for row in range(begin, end):
+            counted = call.arrays["indices"][row, : lengths[row]].tolist()
+            read |= {places[r][index] for index in counted if 0 <= index < len(places[r])}
+    return read, prefix
+
+
+def test_unread_places_hold_nan_and_read_ones_do_not(built: tuple[Case, Call]) -> None:
+    case, call = built
+    parts = stored_parts(call)
+    read, prefix = read_places(case, call)
+    spoilt = np.logical_or.reduce([np.isnan(part).any(axis=1) for part in parts])
+    unread = np.ones(len(spoilt), bool)
+    unread[list(read | prefix)] = False
+    assert spoilt[unread].all()
+    nan_in_read = int(spoilt[list(read)].sum())
+    assert nan_in_read == (1 if isinstance(case, IndexCase) and case.visible_nan else 0)
+    finite = all(np.isfinite(part[sorted(read)]).all() for part in parts)
+    assert finite == (nan_in_read == 0)
+    assert unread.any() or not {"poison", "paging"} & set(case.hazards)
+
+
+def test_floats_in_unread_places_are_nan_in_every_part(built: tuple[Case, Call]) -> None:
+    case, call = built
+    read, prefix = read_places(case, call)
+    for part, array in zip(stored_parts(call), stored_parts(call), strict=True):
+        unread = np.ones(len(array), bool)
+        unread[list(read | prefix)] = False
+        integers = not np.isnan(part[unread]).any()  # int8 has no NaN: its largest number stands there
+        assert (part[unread] == 127).all() if integers else np.isnan(part[unread]).all()
+
+
+def test_exact_index_cases_are_exact_in_every_order(built: tuple[Case, Call]) -> None:
+    case, call = built
+    if not isinstance(case, IndexCase) or not case.exact:
+        return
+    weights = call.arrays["weights"].astype(np.float64)
+    q = abs(call.arrays["q"].astype(np.float64))
+    for row, request, start, end in oracle.rows(call):
+        keys, scale = oracle.index_keys(call, request, np.arange(start, end))
+        dots = 2 * q[row] @ abs(keys).T  # halves: keys without a scale carry it themselves
+        assert np.array_equal(dots, np.rint(dots))
+        assert dots.max(initial=0) <= 2048, "a dot product leaves the integers of float16"
+        units = 2.0**11 * abs(weights[row])
+        assert np.array_equal(units, np.rint(units))
+        least = np.gcd.reduce(units.astype(np.int64))
+        assert (units / least @ dots).max(initial=0) < 2**24, "a head sum leaves the integers of float32"
+        assert (np.frexp(scale)[0] == 0.5).all()
+
+
+def test_exact_weights_survive_their_dtype(built: tuple[Case, Call]) -> None:
+    case, call = built
+    if not isinstance(case, IndexCase):
+        return
+    weights = call.arrays["weights"].astype(np.float64)
+    operand, dtype, _ = case.format.split("/")
+    if case.content == "lattice":
+        assert set(abs(weights).ravel()) <= {0.25, 0.5, 1.0, 2.0}
+    elif case.content == "cancel":
+        differences = (weights[:, 0::2] + weights[:, 1::2]) * 2.0**10
+        assert set(differences.ravel()) == {1, 2, 3}
+        assert np.array_equal(call.arrays["q"][:, 0::2], call.arrays["q"][:, 1::2])
+    elif case.content == "plateau":
+        assert set(abs(weights * 2.0**10).ravel()) <= set(range(511))
+    elif dtype == "f32" and not case.visible_nan:
+        integers = weights / WEIGHT_SCALE[operand]
+        assert np.array_equal(integers, np.rint(integers))
+        assert (weights.astype(NUMPY_DTYPES["float16"]) != weights).any()
+
+
+def test_onehot_and_mean_are_exact(built: tuple[Case, Call]) -> None:
+    case, call = built
+    if not isinstance(case, AttendCase) or not case.exact:
+        return
+    for row, request, _, _ in oracle.rows(call):
+        kv, positions = oracle.attention_row(call, row, request)
+        assert np.array_equal(kv[:, :512], np.rint(kv[:, :512]))
+        assert abs(kv[:, :512]).max() <= 2
+        logits = call.options["softmax_scale"] * call.arrays["q"][row].astype(np.float64) @ kv.T
+        if case.logits == "mean":
+            assert not logits.any()
+            assert len(positions) & (len(positions) - 1) == 0
+        elif len(positions) > 1:
+            best = np.sort(logits, axis=1)[:, -2:]
+            assert (best[:, 1] - best[:, 0] > 105).all(), "exp of the difference is no zero in float32"
+
+
+# --- hazards: what each name promises is in the arrays ---
+
+Shown: TypeAlias = Callable[[Any, Call], bool]
+
+
+def visible(call: Call) -> list[int]:
+    """Keys that each row of a request sees; in sparse_attend, names validly."""
+    if call.operator == "lightning_index":
+        return [end - start for _, _, start, end in oracle.rows(call)]
+    return [len(oracle.attention_row(call, row, request)[1]) for row, request, _, _ in oracle.rows(call)]
+
+
+def scored(call: Call) -> Iterator[tuple[int, int, Array]]:
+    """(row, start, scores of the positions it sees) of every row that sees more than topk keys."""
+    spans = {row: (start, end) for row, _, start, end in oracle.rows(call)}
+    for block, low, scores in oracle.index_scores(call):
+        for i, row in enumerate(range(block.start, block.stop)):
+            start, end = spans[row]
+            if end - start > call.options["topk"]:
+                yield row, start, scores[i, start - low : end - low]
+
+
+def logits(call: Call) -> Iterator[Array]:
+    """[Hq, n] of every row with 64 keys or more."""
+    for row, request, _, _ in oracle.rows(call):
+        kv, positions = oracle.attention_row(call, row, request)
+        if len(positions) >= 64:
+            yield call.options["softmax_scale"] * call.arrays["q"][row].astype(np.float64) @ kv.T
+
+
+def boundary_shows(case: IndexCase, call: Call) -> bool:
+    """In rows that see all but the last keys, the last key seen is kept, and the first one not seen would be."""
+    everything = {row: scores for row, _, scores in scored(replace_batch(call, causal=False))}
+    rows = 0
+    for row, _, scores in scored(call):
+        end, threshold = len(scores), np.sort(scores)[-case.topk]
+        if end < len(everything[row]):
+            rows += 1
+            if not (scores[end - 1] > threshold and everything[row][end] > threshold):
+                return False
+    return rows > 0
+
+
+def replace_batch(call: Call, **options: Any) -> Call:
+    """The call with other batch options."""
+    return replace(call, batch_options={**call.batch_options, **options})
+
+
+def interior_invalid(call: Call) -> set[int]:
+    """The invalid entries that stand before a valid one, of rows of requests; seqlens_k and beyond as 0."""
+    found: set[int] = set()
+    for row, request, _, _ in oracle.rows(call):
+        entries, length = call.arrays["indices"][row].astype(np.int64), int(call.batch["seqlens_k"][request])
+        valid = np.flatnonzero((entries >= 0) & (entries < length))
+        before = entries[: valid[-1]] if len(valid) else entries[:0]
+        found |= set(before[before < 0].tolist())
+        found |= {2**31 - 1} & set(before.tolist())
+        found |= {0} if (before == length).any() else set()
+    return found
+
+
+def past_length(call: Call) -> bool:
+    """Entries past topk_length name keys of the request that hold NaN."""
+    for row, request, _, _ in oracle.rows(call):
+        tail = call.arrays["indices"][row, call.arrays["topk_length"][row] :].astype(np.int64)
+        real = tail[(tail >= 0) & (tail < int(call.batch["seqlens_k"][request]))]
+        kv = call.arrays["kv"].astype(np.float32)[oracle.places(call, request, real)]
+        if np.isnan(kv).any():
+            return True
+    return False
+
+
+def widest_bucket(call: Call) -> int:
+    """Scores that share the threshold's leading 8 bits in float16, the first digit of many radix selections."""
+
+    def digit(scores: Array) -> Array:
+        return np.asarray(scores.astype(np.float16).view(np.uint16) >> 8)
+
+    return max(int((digit(s) == digit(np.sort(s)[-call.options["topk"], None])).sum()) for _, _, s in scored(call))
+
+
+def nan_rows(call: Call) -> tuple[int, int]:
+    """(selective rows that a NaN spoils, selective rows that none touches)."""
+    with np.errstate(invalid="ignore"):
+        spoilt = [bool(np.isnan(scores).any()) for _, _, scores in scored(call)]
+    return sum(spoilt), len(spoilt) - sum(spoilt)
+
+
+SPREAD = {"flat": (0.05, 0.2), "peaked": (2, 9), "hot": (12, 40)}
+SHOWS: Mapping[str, Shown] = {
+    "selection": lambda case, call: max(visible(call)) > case.topk,
+    "causal-offset": lambda case, call: boundary_shows(case, call),
+    "short-row": lambda case, call: min(visible(call)) < case.topk,
+    "ragged": lambda case, call: len({lk for _, lk in case.requests}) > 1,
+    "padding-rows": lambda case, call: len(call.arrays["q"]) > call.batch["cu_seqlens_q"][-1],
+    "paging": lambda case, call: bool(
+        (np.diff(call.batch["block_table"][0][: case.requests[0][1] // case.page_size]) < 0).any()
+    ),
+    "poison": lambda case, call: any(np.isnan(part).any() for part in stored_parts(call)),
+    "long-context": lambda case, call: max(lk for _, lk in case.requests) >= 16385,
+    "clustered-scores": lambda case, call: widest_bucket(call) > 4096,
+    "scale": lambda case, call: case.format.endswith("/-") or len(np.unique(call.arrays["k_scale"])) > 3,
+    "weights-precision": lambda case, call: changed_by(call.arrays["weights"], "bfloat16"),
+    "head-sum-precision": lambda case, call: case.content == "cancel",
+    "ties": lambda case, call: any((s == np.sort(s)[-case.topk]).sum() > 1 for _, _, s in scored(call)),
+    "returned-scores": lambda case, call: call.options.get("return_scores") is True,
+    "key-range": lambda case, call: ranges_are_awkward(call),
+    "not-causal": lambda case, call: any(
+        end == lk for (_, _, _, end), lk in zip(oracle.rows(call), first_rows(case), strict=False)
+    ),
+    "visible-nan": lambda case, call: min(nan_rows(call)) > 0,
+    "layout": lambda case, call: call.options["k_layout"] is not None,
+    "order": lambda case, call: call.options.get("sorted") is False,
+    "out": lambda case, call: call.options.get("out") is True,
+    "geometry": lambda case, call: features_of_table(case).items() - required_items(case.operator) != set(),
+    "invalid-indices": lambda case, call: {-1, 2**31 - 1, 0, *INVALID} <= interior_invalid(call),
+    "repeated-indices": lambda case, call: any(len(set(p)) < len(p) for p in named(call)),
+    "lse": lambda case, call: call.options.get("return_lse") is True,
+    "sink": lambda case, call: {-np.inf, 0.0, np.inf} <= set(call.arrays["attn_sink"].tolist()),
+    "topk-length": lambda case, call: {0, 1, case.topk} <= set(call.arrays["topk_length"].tolist()) and past_length(call),
+    "logits": lambda case, call: all(SPREAD[case.logits][0] < x.std() < SPREAD[case.logits][1] for x in logits(call)),
+    "softmax-scale": lambda case, call: abs(call.options["softmax_scale"] * case.dims[0] ** 0.5 - 1) > 0.5,
+    "rope-part": lambda case, call: bool(call.arrays["q"][:, :, case.dims[1] :].astype(np.float32).any(axis=2).all()),
+    "exactness": lambda case, call: case.exact,
+}
+
+
+def changed_by(array: Array, dtype: str) -> bool:
+    """Some values are not those of the dtype."""
+    return bool((array.astype(np.float32) != array.astype(np.float32).astype(NUMPY_DTYPES[dtype]).astype(np.float32)).any())
+
+
+def named(call: Call) -> list[list[int]]:
+    """The positions that count in each row."""
+    return [oracle.attention_row(call, row, request)[1].tolist() for row, request, _, _ in oracle.rows(call)]
+
+
+def first_rows(case: IndexCase) -> list[int]:
+    """The keys of each row's request."""
+    return [lk for lq, lk in case.requests for _ in range(lq)]
+
+
+def required_items(operator: str) -> set[tuple[str, Any]]:
+    """Every (feature, value) that a claim may need."""
+    return {(feature.name, value) for feature in FEATURES[operator] for value in feature.required}
+
+
+def ranges_are_awkward(call: Call) -> bool:
+    """Some begin before 0, some end past the request or past the causal boundary, some are empty and some reversed."""
+    start, end = call.batch["key_start"], call.batch["key_end"]
+    causal = {
+        row: last for row, _, _, last in oracle.rows(Call(call.operator, call.arrays, without_ranges(call), call.options))
+    }
+    past = any(end[row] > last for row, last in causal.items())
+    return bool((start < 0).any() and (start == end).any() and (start > end).any() and past)
+
+
+def without_ranges(call: Call) -> dict[str, Array]:
+    """The batch's arrays without key_start and key_end."""
+    return {name: array for name, array in call.batch.items() if not name.startswith("key_")}
+
+
+def test_every_hazard_has_a_check() -> None:
+    assert set(SHOWS) == set(HAZARDS)
+
+
+def test_hazards_are_in_the_arrays(built: tuple[Case, Call]) -> None:
+    case, call = built
+    for hazard in case.hazards:
+        assert SHOWS[hazard](case, call), f"{case.id} names {hazard}, but does not have it"
+
+
+def test_a_hazard_that_is_not_there_is_seen() -> None:
+    tame = replace(CASES["index-e4m3-f32-f32-decode-lengths"], requests=((2, 40),), topk=64, padding_rows=0, gap=0)
+    call = tame.build()
+    for hazard in ("selection", "padding-rows", "ragged", "poison", "long-context", "ties", "geometry", "exactness"):
+        assert SHOWS[hazard](tame, call) == (hazard == "geometry")  # topk 64
+
+
+# --- frozen lists ---
+
+
+def test_smoke_is_what_freeze_makes() -> None:
+    stored = json.loads((Path(lists.__file__).parent / "lists" / "smoke.json").read_text(encoding="utf-8"))
+    assert lists.freeze("smoke") == stored
+
+
+@pytest.mark.slow
+def test_core_is_what_freeze_makes() -> None:
+    stored = json.loads((Path(lists.__file__).parent / "lists" / "core.json").read_text(encoding="utf-8"))
+    assert lists.freeze("core") == stored
+
+
+def test_load_gives_the_frozen_list() -> None:
+    frozen = lists.load("smoke")
+    assert frozen.name.startswith("smoke-2")
+    assert tuple(frozen.cases) == LISTS["smoke"]
+    assert frozen.level not in lists.GRANTING
+    assert lists.load("core").level in lists.GRANTING
+
+
+def reordered(stored: dict[str, Any]) -> None:
+    stored["cases"].reverse()
+
+
+def shortened(stored: dict[str, Any]) -> None:
+    stored["cases"].pop()
+
+
+def rehashed(stored: dict[str, Any]) -> None:
+    stored["cases"][0]["inputs_sha256"] = "0" * 64
+
+
+def renamed(stored: dict[str, Any]) -> None:
+    stored["name"] = "core-2026.11"
+
+
+def stripped(stored: dict[str, Any]) -> None:
+    del stored["sha256"]
+
+
+@pytest.mark.parametrize("tamper", [reordered, shortened, rehashed, renamed, stripped])
+def test_a_tampered_lock_file_is_refused(
+    tamper: Callable[[dict[str, Any]], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = json.loads((Path(lists.__file__).parent / "lists" / "smoke.json").read_text(encoding="utf-8"))
+    (tmp_path / "lists").mkdir()
+    copy = tmp_path / "lists" / "smoke.json"
+    monkeypatch.setattr(lists, "files", lambda package: tmp_path)
+    copy.write_text(json.dumps(stored), encoding="utf-8")
+    assert lists.load("smoke").sha256 == stored["sha256"]
+    tamper(stored)
+    copy.write_text(json.dumps(stored), encoding="utf-8")
+    with pytest.raises(lists.ListError, match=r"^the lock file .*smoke.* does not match the cases of this version; reinstall"):
+        lists.load("smoke")
+
+
+def test_a_cut_off_lock_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "smoke.json").write_text('{"name": "smoke-2026.11", "cases": [', encoding="utf-8")
+    monkeypatch.setattr(lists, "files", lambda package: tmp_path)
+    with pytest.raises(lists.ListError, match="does not match"):
+        lists.load("smoke")
+
+
+@pytest.mark.parametrize("level", ["", "Core", "extended", "../lists/core"])
+def test_an_unknown_level_is_refused_with_the_known_ones(level: str) -> None:
+    with pytest.raises(lists.ListError, match=f"^level {level!r} has no list, but smoke, core have; name one with --level.$"):
+        lists.load(level)
+
+
+def test_an_unknown_case_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    with pytest.raises(lists.ListError, match=r"^case 'nope' is not on the list smoke-\S+; see its ids with --list-cases.$"):
+        run_list(level="smoke", cases=["nope"], out=out)
+    assert not out.exists()
