@@ -15,8 +15,8 @@ Arrays = Mapping[str, np.ndarray[Any, Any]]
 
 
 def can_hold(array: np.ndarray[Any, Any]) -> bool:
-    """True for NumPy's own numbers and the contract's dtypes."""
-    return array.dtype.kind in "biuf" or array.dtype.name in NUMPY_DTYPES
+    """True for NumPy's own numbers and the contract's dtypes; other packages' dtypes may have NumPy's kinds."""
+    return (array.dtype.isbuiltin == 1 and array.dtype.kind in "biuf") or array.dtype.name in NUMPY_DTYPES
 
 
 def save(path: Path, arrays: Arrays, *, compress: bool = False) -> None:

@@ -14,18 +14,22 @@ from dsa_portable.profile import ENVELOPES
 
 
 def features_of(case: Case, call: Call) -> dict[str, Any]:
-    """Feature -> value, for what the case's call uses."""
+    """Feature -> value, for what one call of the case uses."""
     request = request_of(call)
-    used = {f.name: f.value(request) for f in FEATURES[case.operator]}
-    if case.operator == "sparse_attend" and getattr(case, "repeated", False):
+    used = {f.name: f.value(request) for f in FEATURES[call.operator]}
+    if call.operator == "sparse_attend" and getattr(case, "repeated", False):
         used["repeated_indices"] = True
     return {name: value for name, value in used.items() if value is not None}
 
 
-def undeclared(operator: str, used: Mapping[str, Any], capabilities: Capabilities) -> Feature | None:
-    """The first feature in use that the backend does not declare."""
-    declared = capabilities.get(operator, {})
-    return next((f for f in FEATURES[operator] if f.name in used and used[f.name] not in declared.get(f.name, ())), None)
+def undeclared(case: Case, calls: Sequence[Call], capabilities: Capabilities) -> tuple[Feature, Any] | None:
+    """The first feature that a call uses and the backend does not declare, with the value asked for."""
+    for call in calls:
+        used, declared = features_of(case, call), capabilities.get(call.operator, {})
+        for feature in FEATURES[call.operator]:
+            if feature.name in used and used[feature.name] not in declared.get(feature.name, ()):
+                return feature, used[feature.name]
+    return None
 
 
 def required(operator: str, used: Mapping[str, Any], capabilities: Capabilities) -> bool:

@@ -32,7 +32,7 @@ def rounded(values: Array, dtype: str) -> Float32:
 def stored(dots: Array, profile: Profile) -> Float32:
     """Dot products as the profile's intermediate keeps them: scaled by a power of two, rounded, scaled back."""
     factor = np.float32(2.0**profile.intermediate_exponent)
-    return rounded(dots * factor, profile.intermediate) / factor
+    return np.asarray(rounded(dots * factor, profile.intermediate) / factor)
 
 
 def dot(a: Array, b: Array, accumulator: Accumulator) -> Float32:
@@ -45,16 +45,16 @@ def dot(a: Array, b: Array, accumulator: Accumulator) -> Float32:
 
 
 def _aligned(a: Array, b: Array, accumulator: Accumulator) -> Float32:
-    """The dot products of few keys at a time (they stay in the cache): each group of products is cut to a common unit and added."""
+    """Dot products of few keys, which stay in the cache: each group of products is cut to a common unit and added."""
     total = np.zeros((len(a), len(b)), np.float32)
     cut = np.trunc if accumulator.rounding == "RZ" else np.rint
     for first in range(0, a.shape[1], accumulator.group):
         group = slice(first, first + accumulator.group)
         products = a.T[group, :, None] * b.T[group, None, :]
         largest = np.maximum(abs(products).max(axis=0), abs(total))
-        # One unit in the last kept place, for the whole group: 2^(exponent of the largest - bits).
-        unit = np.ldexp(np.float32(1), np.frexp(largest)[1] - accumulator.bits)
-        per_unit = np.divide(np.float32(1), unit, out=np.ones_like(unit), where=unit > 0)
+        # One unit in the last kept place, for the whole group: 2^(exponent of the largest - bits), and no subnormal.
+        unit = np.ldexp(np.float32(1), np.maximum(np.frexp(largest)[1] - accumulator.bits, -126))
+        per_unit = 1 / unit
         products *= per_unit
         total = (cut(total * per_unit) + cut(products, out=products).sum(axis=0)) * unit
     return total

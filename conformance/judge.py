@@ -5,14 +5,14 @@ A case fails with the first rule it breaks, and the reason says where: row and h
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from dsa_portable.conformance import criteria, emulator, oracle
-from dsa_portable.conformance.cases.call import Call
+from dsa_portable.conformance.cases.call import Call, Outputs
 from dsa_portable.conformance.cases.catalogue import Case
 from dsa_portable.profile import Profile
 
@@ -41,8 +41,27 @@ class Verdict:
         self.metrics[name] = value if not isinstance(previous, (int, float)) else max(previous, value)
 
 
-def judge(case: Case, call: Call, outputs: Mapping[str, Array], profile: Profile) -> Verdict:
-    """Judge one case's outputs (`indices`, `scores`, `out`, `lse`: those the call returns)."""
+def judge_case(case: Case, calls: Sequence[Call], outputs: Sequence[Outputs], profiles: Mapping[str, Profile]) -> Verdict:
+    """Judge every call of a case by itself, then whether the calls agree; `profiles` has one for each operator."""
+    verdict = Verdict()
+    for i, (call, found) in enumerate(zip(calls, outputs, strict=True)):
+        if any(call is earlier for earlier in calls[:i]):
+            continue  # A rerun: judged once, and compared below.
+        single = judge(case, call, found, profiles[call.operator])
+        verdict.metrics = single.metrics | verdict.metrics
+        for rows in ("selective_rows", "vacuous_rows"):
+            if getattr(single, rows) is not None:
+                setattr(verdict, rows, (getattr(verdict, rows) or 0) + getattr(single, rows))
+        if single.status != "PASS" and verdict.status == "PASS":
+            where = f"call {i} of {len(calls)}: " if len(calls) > 1 else ""
+            verdict.status, verdict.reason, verdict.arrays = single.status, where + single.reason, single.arrays
+    if verdict.status == "PASS" and (reason := case.disagreement(calls, outputs)):
+        verdict.fail(reason)
+    return verdict
+
+
+def judge(case: Case, call: Call, outputs: Outputs, profile: Profile) -> Verdict:
+    """Judge one call's outputs (`indices`, `scores`, `out`, `lse`: those the call returns)."""
     verdict = Verdict()
     if not _shapes(call, outputs, verdict):
         return verdict
@@ -95,7 +114,10 @@ class _Index:
         wellformed = [self._structure(row) for row in range(len(self.indices))]
         largest = self._largest_dot() * 2.0**self.profile.intermediate_exponent if self.profile.finite_max < 1e30 else 0.0
         if largest > self.profile.finite_max:
-            verdict.status, verdict.reason = "UNSUPPORTED", f"a dot product kept as {largest:.4g} leaves the declared finite range"
+            verdict.status, verdict.reason = (
+                "UNSUPPORTED",
+                f"a dot product kept as {largest:.4g} leaves the declared finite range",
+            )
             return
         emulated = emulator.index_scores(self.call, self.profile)
         kinds = (oracle.index_scores(self.call, f) for f in (_as_is, _weights_only, _all_magnitudes))
@@ -186,6 +208,25 @@ class _Index:
                 first_position=start,
                 true_scores=scores,
                 bound=bound,
+            )
+        self._tie_rule(row, start, scores, chosen, best)
+
+    def _tie_rule(self, row: int, start: int, scores: Array, chosen: Array, best: Array) -> None:
+        """Where every legal rounding ties the same keys, a declared `lowest` names the one right set."""
+        unrounded = self.profile.logit in ("float32", "float64") or not scores.any()
+        if (
+            self.profile.ties == "lowest"
+            and self.case.exact
+            and unrounded
+            and not np.array_equal(np.sort(chosen), np.sort(best))
+        ):
+            kept, lost = np.setdiff1d(chosen, best), np.setdiff1d(best, chosen)
+            self.verdict.fail(
+                f"row {row}: of equal scores position {kept[-1] + start} was kept and {lost[0] + start} was not, where the "
+                "profile declares ties to the lowest",
+                row=row,
+                first_position=start,
+                true_scores=scores,
             )
 
     def _returned(self, row: int, start: int, scores: Array, bound: Array, chosen: Array, emulated: Array) -> None:

@@ -82,7 +82,7 @@ def attention(call: Call) -> tuple[Array, Array]:
     kv, name = call.arrays["kv"], call.options["kv_layout"]
     if name:
         values, scale, rope = unpack(name, kv)
-        tiles = np.asarray(values, np.float64).reshape(*values.shape[:-1], -1, LAYOUTS[name].tile)
+        tiles = np.asarray(values, np.float64).reshape(*scale.shape, LAYOUTS[name].tile)
         latent = (tiles * np.asarray(scale, np.float64)[..., None]).reshape(values.shape)
         kv = np.concatenate([latent, np.asarray(rope, np.float64)], axis=-1)
     keys = np.asarray(kv, np.float64).reshape(-1, kv.shape[-1])

@@ -29,9 +29,9 @@ from dsa_portable import registry
 from dsa_portable.backend import Backend, Device
 from dsa_portable.capability import Capabilities
 from dsa_portable.conformance import arrays_file, claims, environment, lists
-from dsa_portable.conformance.cases.call import Call
+from dsa_portable.conformance.cases.call import Call, Outputs, drive, request_of, sha256_of
 from dsa_portable.conformance.cases.catalogue import CASES, Case
-from dsa_portable.conformance.judge import Verdict, judge
+from dsa_portable.conformance.judge import Verdict, judge_case
 from dsa_portable.conformance.report import schema, terminal, write
 from dsa_portable.conformance.report.schema import (
     BackendRef,
@@ -338,50 +338,61 @@ class _Session:
         return lambda: self._record(id, reply)
 
     def _record(self, id: str, reply: Mapping[str, Any]) -> None:
-        case = CASES[id]
-        call = case.build()
-        if call.sha256() != self.frozen.cases[id]:
+        case, outputs = CASES[id], self._outputs(id, reply)
+        # The same calls as the worker made: where one takes an earlier one's results, they are the recorded ones.
+        recorded = iter(outputs)
+        calls = drive(case.steps(), lambda call: next(recorded, None))
+        if sha256_of([call.sha256() for call in calls]) != self.frozen.cases[id]:
             raise lists.ListError(f"the inputs of {id} are not those of {self.frozen.name}; reinstall the package.")
-        self.used[id] = claims.features_of(case, call)
+        self.used[id] = claims.features_of(case, next(call for call in calls if call.operator == case.operator))
         self.reached[id] = bool(reply.get("reached"))
-        verdict = self._verdict(case, call, reply)
-        artefact = self._keep(case, call, verdict) if verdict.status == "FAIL" else None
+        verdict = self._verdict(case, calls, outputs, reply)
+        artefact = self._keep(case, calls, outputs, verdict) if verdict.status == "FAIL" else None
         self.rows[id] = self._row(case, verdict, reply, artefact)
         self.journal.write(json.dumps(self._entry(id)) + "\n")
         self.journal.flush()
         self._show(self.rows[id])
-        (self.scratch / f"{id}.npz").unlink(missing_ok=True)
 
-    def _verdict(self, case: Case, call: Call, reply: Mapping[str, Any]) -> Verdict:
-        missing = claims.undeclared(case.operator, self.used[case.id], self.capabilities)
+    def _outputs(self, id: str, reply: Mapping[str, Any]) -> list[Outputs]:
+        paths = [self.scratch / f"{id}.{i}.npz" for i in range(reply.get("calls", 0))]
+        outputs: list[Outputs] = [arrays_file.load(path) for path in paths]
+        for path in paths:
+            path.unlink()
+        return outputs
+
+    def _verdict(self, case: Case, calls: Sequence[Call], outputs: Sequence[Outputs], reply: Mapping[str, Any]) -> Verdict:
+        missing = claims.undeclared(case, calls, self.capabilities)
         if reply["status"] == "error":
             return Verdict("ERROR", reply["reason"])
+        if reply["status"] == "unsupported":
+            if missing is None or reply["capability"] != missing[0].name:
+                return Verdict("FAIL", f"refused without having declared it: {reply['reason']}")
+            return Verdict("UNSUPPORTED", f"as declared: '{missing[0].name}' = {missing[1]} is not offered")
+        if missing is not None and not missing[0].in_call:
+            return Verdict("UNSUPPORTED", f"as declared: '{missing[0].name}' is not offered")
+        if missing is not None:
+            return Verdict("FAIL", f"answered although '{missing[0].name}' is not declared")
+        if reply["status"] == "malformed":
+            return Verdict("FAIL", f"the call returned {reply['reason']}")
         if reply["inputs_sha256"] != self.frozen.cases[case.id]:
             return Verdict("ERROR", "the worker's process made other inputs than the list has")
-        if reply["status"] == "unsupported":
-            if missing is None or reply["capability"] != missing.name:
-                return Verdict("FAIL", f"refused without having declared it: {reply['reason']}")
-            return Verdict("UNSUPPORTED", f"as declared: '{missing.name}' = {self.used[case.id][missing.name]} is not offered")
-        if missing is not None and not missing.in_call:
-            return Verdict("UNSUPPORTED", f"as declared: '{missing.name}' is not offered")
-        if missing is not None:
-            return Verdict("FAIL", f"answered although '{missing.name}' is not declared")
-        if reply["outputs_sha256"] is None:
-            return Verdict("FAIL", f"the call returned {reply['malformed']}")
         if reply["changed_inputs"]:
             return Verdict("FAIL", f"the call wrote to its inputs: {', '.join(reply['changed_inputs'])}")
-        outputs = arrays_file.load(self.scratch / f"{case.id}.npz")
-        profile = self.declaration.profile(self.device, case.operator, case.format, case.phase)
+        profiles = {
+            call.operator: self.declaration.profile(self.device, call.operator, request_of(call).format, case.phase)
+            for call in calls
+        }
         with np.errstate(invalid="ignore"):
-            return judge(case, call, outputs, profile)
+            return judge_case(case, calls, outputs, profiles)
 
-    def _keep(self, case: Case, call: Call, verdict: Verdict) -> str | None:
+    def _keep(self, case: Case, calls: Sequence[Call], outputs: Sequence[Outputs], verdict: Verdict) -> str | None:
         """The failed case's inputs, outputs, and the truth and bound of the row that broke a rule, as one .npz."""
-        stored = {f"inputs.{name}": array for name, array in call.arrays.items()}
-        stored |= {f"batch.{name}": array for name, array in call.batch.items()}
-        outputs = self.scratch / f"{case.id}.npz"
-        if outputs.exists():
-            stored |= {f"outputs.{name}": array for name, array in arrays_file.load(outputs).items()}
+        stored: dict[str, Any] = {}
+        for i, call in enumerate(calls):
+            step = "" if len(calls) == 1 else f"{i}."
+            stored |= {f"{step}inputs.{name}": array for name, array in call.arrays.items()}
+            stored |= {f"{step}batch.{name}": array for name, array in call.batch.items()}
+            stored |= {f"{step}outputs.{name}": array for name, array in (outputs[i] if i < len(outputs) else {}).items()}
         stored |= {f"judged.{name}": np.asarray(array) for name, array in verdict.arrays.items()}
         folder = self.out / FAILED
         try:

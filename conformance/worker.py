@@ -26,7 +26,7 @@ from dsa_portable.backend import Backend
 from dsa_portable.batch import ARRAYS as BATCH_ARRAYS
 from dsa_portable.batch import Batch
 from dsa_portable.conformance import arrays_file
-from dsa_portable.conformance.cases.call import Call, request_of
+from dsa_portable.conformance.cases.call import Call, Outputs, drive, request_of, sha256_of
 from dsa_portable.conformance.cases.catalogue import CASES
 from dsa_portable.conformance.environment import peak_memory
 from dsa_portable.errors import BackendError, Unsupported
@@ -72,6 +72,10 @@ def _bytes(array: np.ndarray[Any, Any]) -> bytes:
     return np.ascontiguousarray(array).tobytes()
 
 
+class Malformed(Exception):
+    """The call returned what cannot be compared: other results than it was asked for."""
+
+
 class Runner:
     """Runs cases on one backend; `scratch` takes the outputs."""
 
@@ -79,12 +83,33 @@ class Runner:
         self.backend, self.scratch = backend, scratch
 
     def run(self, case_id: str) -> dict[str, Any]:
-        """Build, call, synchronise, check the inputs, store the outputs, check the device's health."""
-        case, put, get = CASES[case_id], self.backend.put, self.backend.get
-        call = case.build()
-        answer: dict[str, Any] = {"case": case_id, "inputs_sha256": call.sha256()}
-        on_device = call.on(put)
-        batch = call.make_batch(put)
+        """Run the case's calls one after another; the answer says what became of them, the outputs lie in `scratch`."""
+        answer: dict[str, Any] = {"case": case_id, "status": "done", "seconds": 0.0, "reached": True, "changed_inputs": []}
+        inputs: list[str] = []
+        outputs: list[str] = []
+
+        def run(call: Call) -> Outputs:
+            inputs.append(call.sha256())
+            found = self._call(call, answer)
+            arrays_file.save(self.scratch / f"{case_id}.{len(outputs)}.npz", found)
+            outputs.append(outputs_sha256(found))
+            return found
+
+        try:
+            drive(CASES[case_id].steps(), run)
+        except Unsupported as exc:
+            # No duration: a refused call never went to the chip, and is no evidence of where calls go.
+            return answer | {"status": "unsupported", "capability": exc.capability, "reason": str(exc), "seconds": None}
+        except Malformed as exc:
+            return answer | {"status": "malformed", "reason": str(exc)}
+        self._check_health()
+        shas = {"inputs_sha256": sha256_of(inputs), "outputs_sha256": sha256_of(outputs)}
+        return answer | shas | {"calls": len(outputs), "peak_memory": peak_memory()}
+
+    def _call(self, call: Call, answer: dict[str, Any]) -> Outputs:
+        """Put the inputs on the device, call, check the inputs, get the outputs; `answer` adds up what was seen."""
+        put, get = self.backend.put, self.backend.get
+        on_device, batch = call.on(put), call.make_batch(put)
         arguments = {**on_device.arrays, **call.options, "batch": batch}
         wants_out = bool(arguments.pop("out", False))
         results = request_of(call).results
@@ -93,28 +118,19 @@ class Runner:
         self._leave_stale_buffers(results)
         self.backend.synchronize()
         before, started = self._witness(), time.perf_counter()
-        try:
-            returned = getattr(ops, call.operator)(**arguments)
-        except Unsupported as exc:
-            return answer | {"status": "unsupported", "capability": exc.capability, "reason": str(exc)}
+        returned = getattr(ops, call.operator)(**arguments)
         self.backend.synchronize()
-        answer |= {"seconds": time.perf_counter() - started, "worked": self._witness() > before}
+        answer["seconds"] += time.perf_counter() - started
         returned = returned if isinstance(returned, tuple) else (returned,)
-        answer["reached"] = answer["worked"] and all(device_name(array) in self.backend.devices for array in returned)
+        worked = self._witness() > before or not len(call.arrays["q"])
+        answer["reached"] &= worked and all(device_name(array) in self.backend.devices for array in returned)
         if len(returned) != len(results):
-            return answer | {
-                "status": "done",
-                "outputs_sha256": None,
-                "malformed": f"{len(returned)} arrays for {', '.join(results)}",
-            }
+            raise Malformed(f"{len(returned)} arrays for {', '.join(results)}")
         outputs = {name: np.array(get(array)) for name, array in zip(results, returned, strict=True)}
         if strange := [f"{array.dtype} for {name}" for name, array in outputs.items() if not arrays_file.can_hold(array)]:
-            return answer | {"status": "done", "outputs_sha256": None, "malformed": ", ".join(strange)}
-        answer["outputs_sha256"] = outputs_sha256(outputs)
-        arrays_file.save(self.scratch / f"{case_id}.npz", outputs)
-        answer["changed_inputs"] = self._changed(call, on_device, batch)
-        self._check_health()
-        return answer | {"status": "done", "peak_memory": peak_memory()}
+            raise Malformed(", ".join(strange))
+        answer["changed_inputs"] += self._changed(call, on_device, batch)
+        return outputs
 
     def _witness(self) -> int:
         return self.backend.witness() if self.backend.witness else 0

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,10 +23,15 @@ from dsa_portable.conformance.cases import storage, values
 from dsa_portable.conformance.cases.attend import INVALID, AttendCase
 from dsa_portable.conformance.cases.call import Call, request_of
 from dsa_portable.conformance.cases.catalogue import CASES, HAZARDS, LISTS, Case
+from dsa_portable.conformance.cases.hazards import PORTABILITY
 from dsa_portable.conformance.cases.index import WEIGHT_SCALE, IndexCase
 from dsa_portable.formats import unpack
 
 Array: TypeAlias = np.ndarray[Any, Any]
+Single: TypeAlias = IndexCase | AttendCase
+
+# The core cases of one call each; what cases of several calls are made of is tested here too, their relations elsewhere.
+SINGLE: dict[str, Single] = {name: case for name in LISTS["core"] if isinstance(case := CASES[name], (IndexCase, AttendCase))}
 
 # --- values: what another machine or another NumPy must reproduce ---
 
@@ -176,11 +182,15 @@ def test_place_fills_what_no_request_owns(lengths: tuple[int, ...], page_size: i
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_entry(case: Case) -> None:
     assert re.fullmatch(r"[a-z0-9_-]+", case.id)
-    assert case.id.startswith(("index-", "attend-"))
+    assert case.id.startswith(("index-", "attend-", "end-to-end-"))
     assert re.fullmatch(r"[A-Za-z0-9].*[^.\s]\.", case.why)
     assert not re.search(r"[.!?]\s", case.why), "one sentence"
     assert case.hazards
     assert set(case.hazards) <= set(HAZARDS)
+
+
+@pytest.mark.parametrize("case", SINGLE.values(), ids=SINGLE)
+def test_core_cases_are_small(case: Single) -> None:
     rows = sum(lq for lq, _ in case.requests)
     if isinstance(case, IndexCase):
         assert sum(lq * lk for lq, lk in case.requests) <= 1 << 19
@@ -190,17 +200,24 @@ def test_entry(case: Case) -> None:
 
 def test_ids_are_unique_and_lists_name_cases() -> None:
     assert all(name == case.id for name, case in CASES.items())
-    assert set(LISTS["smoke"]) < set(LISTS["core"]) == set(CASES)
+    assert set(LISTS["smoke"]) < set(LISTS["core"]) < set(LISTS["full"]) < set(CASES)
+    assert {name for names in LISTS.values() for name in names} == set(CASES)
     for names in LISTS.values():
         assert len(set(names)) == len(names)
 
 
-def test_every_hazard_has_a_core_case() -> None:
-    assert {hazard for name in LISTS["core"] for hazard in CASES[name].hazards} == set(HAZARDS)
+def test_every_hazard_has_a_case() -> None:
+    assert {hazard for case in CASES.values() for hazard in case.hazards} == set(HAZARDS)
+
+
+def test_the_hazards_of_portability_name_tags_that_have_cases() -> None:
+    assert [hazard.number for hazard in PORTABILITY] == list(range(1, 31))
+    assert {tag for hazard in PORTABILITY for tag in hazard.tags} <= set(HAZARDS)
+    assert all(hazard.tags for hazard in PORTABILITY)
 
 
 def test_seeds_change_values_and_keep_shapes() -> None:
-    case = CASES["index-e4m3-f32-f32-decode-lengths"]
+    case = SINGLE["index-e4m3-f32-f32-decode-lengths"]
     one, other = case.build(), case.build("7/")
     assert one.sha256() == case.build().sha256() != other.sha256()
     assert {n: a.shape for n, a in one.arrays.items()} == {n: a.shape for n, a in other.arrays.items()}
@@ -209,12 +226,12 @@ def test_seeds_change_values_and_keep_shapes() -> None:
 @pytest.mark.parametrize("operator", FEATURES)
 def test_boundary_lengths_are_tried_by_every_format(operator: str) -> None:
     wanted = {0, 1, 2047, 2048, 2049, 16385, 65537}
-    for format in {case.format for case in CASES.values() if case.operator == operator}:
-        mine = [case for case in CASES.values() if (case.operator, case.format) == (operator, format)]
+    for format in {case.format for case in SINGLE.values() if case.operator == operator}:
+        mine = [case for case in SINGLE.values() if (case.operator, case.format) == (operator, format)]
         assert wanted <= {lk for case in mine if case.phase == "decode" for _, lk in case.requests}
 
 
-def features_of_table(case: Case) -> dict[str, Any]:
+def features_of_table(case: Single) -> dict[str, Any]:
     """What capability.FEATURES finds in the call, read off the table instead; `test_features` compares the two."""
     options = dict(case.options)
     found: dict[str, Any] = {
@@ -247,52 +264,83 @@ def features_of_table(case: Case) -> dict[str, Any]:
 
 
 # The order of the result is the call's, not the operands': one claim tries it.
-TRIED_ONCE = {("lightning_index", "unsorted")}
-CLAIMS = sorted({(case.operator, case.format, case.phase) for case in CASES.values()})
+TRIED_ONCE = "unsorted"
+CLAIMS = sorted({(case.operator, case.format, case.phase) for case in SINGLE.values()})
 
 
+def untried(operator: str, format: str, phase: str, offered: Mapping[str, tuple[Any, ...]]) -> list[str]:
+    """The required features that no case of the claim tries on a backend that offers these values of them alone."""
+    mine = [
+        features
+        for case in SINGLE.values()
+        if (case.operator, case.format, case.phase) == (operator, format, phase)
+        and all((features := features_of_table(case)).get(name) in (None, *values) for name, values in offered.items())
+    ]
+    return [name for name in offered if name != TRIED_ONCE and not any(name in features for features in mine)]
+
+
+def alternatives(operator: str) -> Iterator[dict[str, tuple[Any, ...]]]:
+    """Every way to offer one value of each required feature."""
+    required = {feature.name: feature.required for feature in FEATURES[operator] if feature.required}
+    for choice in product(*required.values()):
+        yield {name: (value,) for name, value in zip(required, choice, strict=True)}
+
+
+PAGE_128 = pytest.mark.xfail(strict=True, reason="sparse_attend has no prefill case with pages of 128")
+
+
+@pytest.mark.parametrize(
+    ("operator", "format", "phase"),
+    [pytest.param(*claim, marks=[PAGE_128] if claim[::2] == ("sparse_attend", "prefill") else []) for claim in CLAIMS],
+)
+def test_every_required_value_is_tried_in_every_claim(operator: str, format: str, phase: str) -> None:
+    required = {feature.name: feature.required for feature in FEATURES[operator] if feature.required}
+    for name, accepted in required.items():
+        for value in accepted:
+            assert not untried(operator, format, phase, {name: (value,)}), f"{name} = {value}"
+
+
+@pytest.mark.xfail(strict=True, reason="the templates tie head counts, page sizes and flat keys together")
 @pytest.mark.parametrize(("operator", "format", "phase"), CLAIMS)
-def test_required_features_are_tried_in_every_claim(operator: str, format: str, phase: str) -> None:
-    mine = [case for case in CASES.values() if (case.operator, case.format, case.phase) == (operator, format, phase)]
-    tried = [(name, value) for case in mine for name, value in features_of_table(case).items()]
-    for feature in FEATURES[operator]:
-        if (operator, feature.name) not in TRIED_ONCE:
-            missing = [value for value in feature.required if (feature.name, value) not in tried]
-            assert not missing, f"no {phase} case of {format} has {feature.name} = {missing}"
+def test_one_value_of_each_required_feature_is_enough_for_every_claim(operator: str, format: str, phase: str) -> None:
+    lacking = {
+        str(offered): found for offered in alternatives(operator) if (found := untried(operator, format, phase, offered))
+    }
+    assert not lacking
 
 
 @pytest.mark.parametrize("operator", FEATURES)
 def test_every_feature_is_tried_by_some_case(operator: str) -> None:
-    tried = {name for case in CASES.values() if case.operator == operator for name in features_of_table(case)}
+    tried = {name for case in SINGLE.values() if case.operator == operator for name in features_of_table(case)}
     assert tried == {feature.name for feature in FEATURES[operator]}
 
 
 # --- built cases: each is built once, and all checks that need its arrays run on it ---
 
-# In CI the headline formats and one case of every other claim; the rest by hand.
-SAMPLE = {name for name in LISTS["smoke"]} | {next(c.id for c in CASES.values() if c.format == f) for _, f, _ in CLAIMS}
+# In CI the smoke list and one case of every other format; the rest by hand.
+SAMPLE = set(LISTS["smoke"]) | {next(c.id for c in SINGLE.values() if c.format == f) for _, f, _ in CLAIMS}
 
 
-@pytest.fixture(scope="module", params=[pytest.param(n, marks=[] if n in SAMPLE else pytest.mark.slow) for n in CASES])
-def built(request: pytest.FixtureRequest) -> tuple[Case, Call]:
-    case = CASES[request.param]
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=[] if n in SAMPLE else pytest.mark.slow) for n in SINGLE])
+def built(request: pytest.FixtureRequest) -> tuple[Single, Call]:
+    case = SINGLE[request.param]
     return case, case.build()
 
 
-def test_hash_is_the_frozen_one(built: tuple[Case, Call]) -> None:
+def test_hash_is_the_frozen_one(built: tuple[Single, Call]) -> None:
     case, call = built
     for level, names in LISTS.items():
         assert case.id not in names or lists.load(level).cases[case.id] == call.sha256()
 
 
-def test_features(built: tuple[Case, Call]) -> None:
+def test_features(built: tuple[Single, Call]) -> None:
     case, call = built
     request = request_of(call)
     assert (request.operator, request.format, request.batch.phase) == (case.operator, case.format, case.phase)
     assert claims.features_of(case, call) == features_of_table(case)
 
 
-def test_index_cases_have_selective_rows(built: tuple[Case, Call]) -> None:
+def test_index_cases_have_selective_rows(built: tuple[Single, Call]) -> None:
     case, call = built
     if isinstance(case, IndexCase):
         assert any(end - start > case.topk for _, _, start, end in oracle.rows(call))
@@ -308,7 +356,7 @@ def stored_parts(call: Call) -> list[Array]:
     return [a.reshape(int(np.prod(a.shape[:trailing])), -1).astype(np.float32) for a in arrays]
 
 
-def read_places(case: Case, call: Call) -> tuple[set[int], set[int]]:
+def read_places(case: Single, call: Call) -> tuple[set[int], set[int]]:
     """(places that some row may read, places of the shared prefix, which hold numbers whether read or not)."""
     places: list[list[int]] = []
     size = case.page_size or 1
@@ -324,39 +372,38 @@ def read_places(case: Case, call: Call) -> tuple[set[int], set[int]]:
     read = set()
     lengths = call.arrays.get("topk_length", np.full(len(call.arrays["q"]), case.topk))
     ends = call.batch["cu_seqlens_q"].tolist()
-    for r, (begin, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+    for r, (begin, end) in enumerate(pairwise(ends)):
         for row in range(begin, end):
             counted = call.arrays["indices"][row, : lengths[row]].tolist()
             read |= {places[r][index] for index in counted if 0 <= index < len(places[r])}
     return read, prefix
 
 
-def test_unread_places_hold_nan_and_read_ones_do_not(built: tuple[Case, Call]) -> None:
+def test_unread_places_hold_nan_and_read_ones_numbers(built: tuple[Single, Call]) -> None:
     case, call = built
-    parts = stored_parts(call)
-    read, prefix = read_places(case, call)
-    spoilt = np.logical_or.reduce([np.isnan(part).any(axis=1) for part in parts])
-    unread = np.ones(len(spoilt), bool)
+    parts, (read, prefix) = stored_parts(call), read_places(case, call)
+    unread = np.ones(len(parts[0]), bool)
     unread[list(read | prefix)] = False
-    assert spoilt[unread].all()
-    nan_in_read = int(spoilt[list(read)].sum())
-    assert nan_in_read == (1 if isinstance(case, IndexCase) and case.visible_nan else 0)
-    finite = all(np.isfinite(part[sorted(read)]).all() for part in parts)
-    assert finite == (nan_in_read == 0)
     assert unread.any() or not {"poison", "paging"} & set(case.hazards)
+    nan_where_unread = [bool(np.isnan(part[unread]).all()) for part in parts]
+    # int8 has no NaN: its largest number stands there, under a scale that is NaN.
+    for part, poisoned in zip(parts, nan_where_unread, strict=True):
+        assert poisoned or (part[unread] == 127).all()
+    assert any(nan_where_unread)
+    not_finite = sum(int((~np.isfinite(part[list(read)])).sum()) for part in parts)
+    assert not_finite == (1 if isinstance(case, IndexCase) and case.visible_nan else 0)
 
 
-def test_floats_in_unread_places_are_nan_in_every_part(built: tuple[Case, Call]) -> None:
-    case, call = built
-    read, prefix = read_places(case, call)
-    for part, array in zip(stored_parts(call), stored_parts(call), strict=True):
-        unread = np.ones(len(array), bool)
-        unread[list(read | prefix)] = False
-        integers = not np.isnan(part[unread]).any()  # int8 has no NaN: its largest number stands there
-        assert (part[unread] == 127).all() if integers else np.isnan(part[unread]).all()
+def test_a_number_in_an_unread_place_is_seen() -> None:
+    case = SINGLE["index-e4m3-f32-f32-decode-paged64"]
+    call = case.build()
+    for name in ("k", "k_scale"):
+        without = np.nan_to_num(call.arrays[name].astype(np.float32), nan=1.0).astype(call.arrays[name].dtype)
+        with pytest.raises(AssertionError):
+            test_unread_places_hold_nan_and_read_ones_numbers((case, replace(call, arrays={**call.arrays, name: without})))
 
 
-def test_exact_index_cases_are_exact_in_every_order(built: tuple[Case, Call]) -> None:
+def test_exact_index_cases_are_exact_in_every_order(built: tuple[Single, Call]) -> None:
     case, call = built
     if not isinstance(case, IndexCase) or not case.exact:
         return
@@ -374,7 +421,7 @@ def test_exact_index_cases_are_exact_in_every_order(built: tuple[Case, Call]) ->
         assert (np.frexp(scale)[0] == 0.5).all()
 
 
-def test_exact_weights_survive_their_dtype(built: tuple[Case, Call]) -> None:
+def test_exact_weights_survive_their_dtype(built: tuple[Single, Call]) -> None:
     case, call = built
     if not isinstance(case, IndexCase):
         return
@@ -394,7 +441,7 @@ def test_exact_weights_survive_their_dtype(built: tuple[Case, Call]) -> None:
         assert (weights.astype(NUMPY_DTYPES["float16"]) != weights).any()
 
 
-def test_onehot_and_mean_are_exact(built: tuple[Case, Call]) -> None:
+def test_onehot_and_mean_are_exact(built: tuple[Single, Call]) -> None:
     case, call = built
     if not isinstance(case, AttendCase) or not case.exact:
         return
@@ -441,22 +488,17 @@ def logits(call: Call) -> Iterator[Array]:
             yield call.options["softmax_scale"] * call.arrays["q"][row].astype(np.float64) @ kv.T
 
 
-def boundary_shows(case: IndexCase, call: Call) -> bool:
-    """In rows that see all but the last keys, the last key seen is kept, and the first one not seen would be."""
-    everything = {row: scores for row, _, scores in scored(replace_batch(call, causal=False))}
-    rows = 0
+def boundary_shows(call: Call) -> bool:
+    """Mostly the last key that a row sees is kept, and the first one that it does not see would be."""
+    not_causal = replace(call, batch_options={**call.batch_options, "causal": False})
+    everything = {row: scores for row, _, scores in scored(not_causal)}
+    kept, would_be = [], []
     for row, _, scores in scored(call):
-        end, threshold = len(scores), np.sort(scores)[-case.topk]
+        end, threshold = len(scores), np.sort(scores)[-call.options["topk"]]
         if end < len(everything[row]):
-            rows += 1
-            if not (scores[end - 1] > threshold and everything[row][end] > threshold):
-                return False
-    return rows > 0
-
-
-def replace_batch(call: Call, **options: Any) -> Call:
-    """The call with other batch options."""
-    return replace(call, batch_options={**call.batch_options, **options})
+            kept.append(scores[end - 1] > threshold)
+            would_be.append(everything[row][end] > threshold)
+    return bool(sum(kept) > 0 and sum(kept) + sum(would_be) >= (1.6 if len(kept) > 1 else 1) * len(kept))
 
 
 def interior_invalid(call: Call) -> set[int]:
@@ -470,6 +512,14 @@ def interior_invalid(call: Call) -> set[int]:
         found |= {2**31 - 1} & set(before.tolist())
         found |= {0} if (before == length).any() else set()
     return found
+
+
+def table_is_shuffled(case: Single, call: Call) -> bool:
+    """The pages of the request with the most are not in the order of their numbers."""
+    assert case.page_size is not None
+    request = int(call.batch["seqlens_k"].argmax())
+    used = -(-int(call.batch["seqlens_k"][request]) // case.page_size)
+    return bool((np.diff(call.batch["block_table"][request, :used]) < 0).any())
 
 
 def past_length(call: Call) -> bool:
@@ -502,13 +552,11 @@ def nan_rows(call: Call) -> tuple[int, int]:
 SPREAD = {"flat": (0.05, 0.2), "peaked": (2, 9), "hot": (12, 40)}
 SHOWS: Mapping[str, Shown] = {
     "selection": lambda case, call: max(visible(call)) > case.topk,
-    "causal-offset": lambda case, call: boundary_shows(case, call),
+    "causal-offset": lambda case, call: boundary_shows(call),
     "short-row": lambda case, call: min(visible(call)) < case.topk,
     "ragged": lambda case, call: len({lk for _, lk in case.requests}) > 1,
     "padding-rows": lambda case, call: len(call.arrays["q"]) > call.batch["cu_seqlens_q"][-1],
-    "paging": lambda case, call: bool(
-        (np.diff(call.batch["block_table"][0][: case.requests[0][1] // case.page_size]) < 0).any()
-    ),
+    "paging": lambda case, call: table_is_shuffled(case, call),
     "poison": lambda case, call: any(np.isnan(part).any() for part in stored_parts(call)),
     "long-context": lambda case, call: max(lk for _, lk in case.requests) >= 16385,
     "clustered-scores": lambda case, call: widest_bucket(call) > 4096,
@@ -518,14 +566,12 @@ SHOWS: Mapping[str, Shown] = {
     "ties": lambda case, call: any((s == np.sort(s)[-case.topk]).sum() > 1 for _, _, s in scored(call)),
     "returned-scores": lambda case, call: call.options.get("return_scores") is True,
     "key-range": lambda case, call: ranges_are_awkward(call),
-    "not-causal": lambda case, call: any(
-        end == lk for (_, _, _, end), lk in zip(oracle.rows(call), first_rows(case), strict=False)
-    ),
+    "not-causal": lambda case, call: visible(call) == [lk for lq, lk in case.requests for _ in range(lq)],
     "visible-nan": lambda case, call: min(nan_rows(call)) > 0,
-    "layout": lambda case, call: call.options["k_layout"] is not None,
+    "layout": lambda case, call: (call.options.get("k_layout") or call.options.get("kv_layout")) is not None,
     "order": lambda case, call: call.options.get("sorted") is False,
     "out": lambda case, call: call.options.get("out") is True,
-    "geometry": lambda case, call: features_of_table(case).items() - required_items(case.operator) != set(),
+    "geometry": lambda case, call: has_other_geometry(case),
     "invalid-indices": lambda case, call: {-1, 2**31 - 1, 0, *INVALID} <= interior_invalid(call),
     "repeated-indices": lambda case, call: any(len(set(p)) < len(p) for p in named(call)),
     "lse": lambda case, call: call.options.get("return_lse") is True,
@@ -535,6 +581,7 @@ SHOWS: Mapping[str, Shown] = {
     "softmax-scale": lambda case, call: abs(call.options["softmax_scale"] * case.dims[0] ** 0.5 - 1) > 0.5,
     "rope-part": lambda case, call: bool(call.arrays["q"][:, :, case.dims[1] :].astype(np.float32).any(axis=2).all()),
     "exactness": lambda case, call: case.exact,
+    "range": lambda case, call: all(len(np.unique(call.arrays[name].view(np.uint8))) >= 254 for name in ("q", "k")),
 }
 
 
@@ -548,43 +595,39 @@ def named(call: Call) -> list[list[int]]:
     return [oracle.attention_row(call, row, request)[1].tolist() for row, request, _, _ in oracle.rows(call)]
 
 
-def first_rows(case: IndexCase) -> list[int]:
-    """The keys of each row's request."""
-    return [lk for lq, lk in case.requests for _ in range(lq)]
-
-
-def required_items(operator: str) -> set[tuple[str, Any]]:
-    """Every (feature, value) that a claim may need."""
-    return {(feature.name, value) for feature in FEATURES[operator] for value in feature.required}
+def has_other_geometry(case: Single) -> bool:
+    """Some size is not DeepSeek-V3.2's, or pages are not of 64."""
+    usual = {feature.name: feature.required[:1] for feature in FEATURES[case.operator]}
+    sizes = ("heads", "head_dim", "dims", "topk", "page_size")
+    return any(name in sizes and value not in usual[name] for name, value in features_of_table(case).items())
 
 
 def ranges_are_awkward(call: Call) -> bool:
-    """Some begin before 0, some end past the request or past the causal boundary, some are empty and some reversed."""
-    start, end = call.batch["key_start"], call.batch["key_end"]
-    causal = {
-        row: last for row, _, _, last in oracle.rows(Call(call.operator, call.arrays, without_ranges(call), call.options))
-    }
-    past = any(end[row] > last for row, last in causal.items())
-    return bool((start < 0).any() and (start == end).any() and (start > end).any() and past)
+    """Some end past their request, some are empty; in prefill some cross causality, begin before 0 or are reversed."""
+    start, end, batch = call.batch["key_start"], call.batch["key_end"], dict(call.batch)
+    del batch["key_start"], batch["key_end"]
+    causal = {row: last for row, _, _, last in oracle.rows(replace(call, batch=batch))}
+    beyond = [end[row] > call.batch["seqlens_k"][request] for row, request, _, _ in oracle.rows(call)]
+    crossed = [last > causal[row] for row, _, _, last in oracle.rows(call)]
+    if request_of(call).batch.phase == "decode":
+        return any(beyond) and bool((start == end).any())
+    return any(beyond) and any(crossed) and bool((start < 0).any() and (start == end).any() and (start > end).any())
 
 
-def without_ranges(call: Call) -> dict[str, Array]:
-    """The batch's arrays without key_start and key_end."""
-    return {name: array for name, array in call.batch.items() if not name.startswith("key_")}
+def test_every_hazard_of_a_single_call_has_a_check() -> None:
+    assert set(SHOWS) == {hazard for case in SINGLE.values() for hazard in case.hazards}
 
 
-def test_every_hazard_has_a_check() -> None:
-    assert set(SHOWS) == set(HAZARDS)
-
-
-def test_hazards_are_in_the_arrays(built: tuple[Case, Call]) -> None:
+def test_hazards_are_in_the_arrays(built: tuple[Single, Call]) -> None:
     case, call = built
     for hazard in case.hazards:
         assert SHOWS[hazard](case, call), f"{case.id} names {hazard}, but does not have it"
 
 
 def test_a_hazard_that_is_not_there_is_seen() -> None:
-    tame = replace(CASES["index-e4m3-f32-f32-decode-lengths"], requests=((2, 40),), topk=64, padding_rows=0, gap=0)
+    base = SINGLE["index-e4m3-f32-f32-decode-lengths"]
+    assert isinstance(base, IndexCase)
+    tame = replace(base, requests=((2, 40),), topk=64, padding_rows=0, gap=0)
     call = tame.build()
     for hazard in ("selection", "padding-rows", "ragged", "poison", "long-context", "ties", "geometry", "exactness"):
         assert SHOWS[hazard](tame, call) == (hazard == "geometry")  # topk 64
@@ -593,23 +636,27 @@ def test_a_hazard_that_is_not_there_is_seen() -> None:
 # --- frozen lists ---
 
 
-def test_smoke_is_what_freeze_makes() -> None:
-    stored = json.loads((Path(lists.__file__).parent / "lists" / "smoke.json").read_text(encoding="utf-8"))
-    assert lists.freeze("smoke") == stored
+def frozen_file(level: str) -> Path:
+    return Path(lists.__file__).parent / "lists" / f"{level}.json"
 
 
-@pytest.mark.slow
-def test_core_is_what_freeze_makes() -> None:
-    stored = json.loads((Path(lists.__file__).parent / "lists" / "core.json").read_text(encoding="utf-8"))
-    assert lists.freeze("core") == stored
+@pytest.mark.parametrize("level", ["smoke", *(pytest.param(n, marks=pytest.mark.slow) for n in ("core", "deterministic"))])
+def test_a_lock_file_is_what_freeze_makes(level: str) -> None:
+    assert lists.freeze(level) == json.loads(frozen_file(level).read_text(encoding="utf-8"))
 
 
-def test_load_gives_the_frozen_list() -> None:
-    frozen = lists.load("smoke")
-    assert frozen.name.startswith("smoke-2")
-    assert tuple(frozen.cases) == LISTS["smoke"]
-    assert frozen.level not in lists.GRANTING
-    assert lists.load("core").level in lists.GRANTING
+@pytest.mark.parametrize("level", LISTS)
+def test_a_lock_file_agrees_with_the_others(level: str) -> None:
+    """A case is frozen once: wherever it is listed it has the same inputs."""
+    every = {id: sha256 for other in LISTS for id, sha256 in lists.load(other).cases.items()}
+    frozen = lists.load(level)
+    assert frozen.name.startswith(f"{level}-2")
+    assert tuple(frozen.cases) == LISTS[level]
+    assert dict(frozen.cases) == {id: every[id] for id in LISTS[level]}
+
+
+def test_smoke_grants_no_level() -> None:
+    assert set(LISTS) - set(lists.GRANTING) == {"smoke"}
 
 
 def reordered(stored: dict[str, Any]) -> None:
@@ -636,7 +683,7 @@ def stripped(stored: dict[str, Any]) -> None:
 def test_a_tampered_lock_file_is_refused(
     tamper: Callable[[dict[str, Any]], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stored = json.loads((Path(lists.__file__).parent / "lists" / "smoke.json").read_text(encoding="utf-8"))
+    stored = json.loads(frozen_file("smoke").read_text(encoding="utf-8"))
     (tmp_path / "lists").mkdir()
     copy = tmp_path / "lists" / "smoke.json"
     monkeypatch.setattr(lists, "files", lambda package: tmp_path)
@@ -656,9 +703,9 @@ def test_a_cut_off_lock_file_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
         lists.load("smoke")
 
 
-@pytest.mark.parametrize("level", ["", "Core", "extended", "../lists/core"])
+@pytest.mark.parametrize("level", ["", "Core", "fuller", "../lists/core"])
 def test_an_unknown_level_is_refused_with_the_known_ones(level: str) -> None:
-    with pytest.raises(lists.ListError, match=f"^level {level!r} has no list, but smoke, core have; name one with --level.$"):
+    with pytest.raises(lists.ListError, match=f"^level {level!r} has no list, but {', '.join(LISTS)} have; name"):
         lists.load(level)
 
 

@@ -25,21 +25,28 @@ def lightning_index(request: IndexRequest) -> Array | tuple[Array, Array]:
         scores[:] = -np.inf
     starts, ends = (np.asarray(a) for a in request.batch.key_range(request.dims["Tq"]))
     for owner, rows in _chunks(request, ends):
-        low, high = int(starts[rows].min()), int(ends[rows].max())
-        if low >= high:
-            continue
-        found = _score(request, owner, rows, starts, ends, low, high)
-
-        def select(i: int, rows: slice = rows, found: settings.Float32 = found, low: int = low) -> None:
-            row = rows.start + i
-            visible = found[i, starts[row] - low : max(starts[row], ends[row]) - low]
-            chosen = top(visible, request.topk)
-            indices[row, : len(chosen)] = chosen + starts[row]
-            if scores is not None:
-                scores[row, : len(chosen)] = visible[chosen]
-
-        settings.run_all(select, range(rows.stop - rows.start), settings.threads())
+        _select(request, owner, rows, starts, ends, indices, scores)
     return indices if scores is None else (indices, scores)
+
+
+def _select(
+    request: IndexRequest, owner: int, rows: slice, starts: Array, ends: Array, indices: Array, scores: Array | None
+) -> None:
+    """Fill the rows of one chunk; a function of its own, so that its scores are gone before the next chunk's are made."""
+    low, high = int(starts[rows].min()), int(ends[rows].max())
+    if low >= high:
+        return
+    found = _score(request, owner, rows, starts, ends, low, high)
+
+    def select(i: int) -> None:
+        row = rows.start + i
+        visible = found[i, starts[row] - low : max(starts[row], ends[row]) - low]
+        chosen = top(visible, request.topk)
+        indices[row, : len(chosen)] = chosen + starts[row]
+        if scores is not None:
+            scores[row, : len(chosen)] = visible[chosen]
+
+    settings.run_all(select, range(rows.stop - rows.start), settings.threads())
 
 
 def _results(request: IndexRequest) -> tuple[Array, Array | None]:

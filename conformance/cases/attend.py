@@ -12,7 +12,7 @@ import numpy as np
 
 from dsa_portable.batch import DECODE_ROWS
 from dsa_portable.conformance.cases import values
-from dsa_portable.conformance.cases.call import Call
+from dsa_portable.conformance.cases.call import Call, SingleCall
 from dsa_portable.conformance.cases.index import LONG
 from dsa_portable.conformance.cases.storage import Storage, flat, paged, share
 from dsa_portable.formats import LAYOUTS, pack
@@ -28,7 +28,7 @@ SINKS = (-np.inf, 0.0, 4.0, np.inf, -3.0, 100.0, -100.0)
 
 
 @dataclass(frozen=True)
-class AttendCase:
+class AttendCase(SingleCall):
     """One call of sparse_attend. `mean` and `onehot` are exact in every legal arithmetic: outputs are compared bit for bit."""
 
     id: str
@@ -48,6 +48,7 @@ class AttendCase:
     repeated: bool = False
     sink: bool = False
     topk_length: bool = False
+    every_key: bool = False  # every key holds numbers, as the indices are not known when the case is built
     options: tuple[tuple[str, Any], ...] = ()  # return_lse, out
 
     operator = "sparse_attend"
@@ -153,7 +154,9 @@ class AttendCase:
             mine = [indices[i, : length[i]] for i in range(row, row + lq)]
             used = np.unique(np.concatenate([np.empty(0, np.int64), *mine]))
             used = used[(used >= 0) & (used < lk)]
-            if self.page_size:
+            if self.every_key:
+                used = np.arange(lk)
+            elif self.page_size:
                 used = np.union1d(used, np.arange(min(lk, self.shared_pages * self.page_size)))
             logical_parts.append(self._logical(f"{name}/kv{r}", used, lk))
             row += lq

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -16,6 +16,9 @@ from dsa_portable.batch import Batch
 from dsa_portable.request import Request, attend_request, index_request
 
 Array: TypeAlias = np.ndarray[Any, Any]
+# One call's results by name, and a case's calls one after another: what `send` passes in is the last call's results, or None.
+Outputs: TypeAlias = Mapping[str, Array]
+Steps: TypeAlias = Generator["Call", Outputs | None, None]
 
 
 @dataclass(frozen=True)
@@ -27,13 +30,15 @@ class Call:
     batch: Mapping[str, Array]
     options: Mapping[str, Any]
     batch_options: Mapping[str, Any] = field(default_factory=dict)
+    dependent: tuple[str, ...] = ()  # arrays that are an earlier call's results, and so no part of the frozen inputs
 
     def sha256(self) -> str:
         """Over every array's name, dtype, shape and bytes, and the options."""
         digest = hashlib.sha256()
         described = {"operator": self.operator, "options": dict(self.options), "batch": dict(self.batch_options)}
         digest.update(json.dumps(described, sort_keys=True).encode())
-        for name, array in sorted({**self.arrays, **{f"batch.{n}": a for n, a in self.batch.items()}}.items()):
+        arrays = {name: array for name, array in self.arrays.items() if name not in self.dependent}
+        for name, array in sorted({**arrays, **{f"batch.{n}": a for n, a in self.batch.items()}}.items()):
             digest.update(f"{name} {array.dtype.name} {list(array.shape)}".encode())
             digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         return digest.hexdigest()
@@ -47,10 +52,43 @@ class Call:
 
     def on(self, put: Callable[[Array], Any]) -> Call:
         """The same call with every array copied to a device (the batch's lengths stay on the host)."""
-        return Call(self.operator, {n: put(a) for n, a in self.arrays.items()}, self.batch, self.options, self.batch_options)
+        return replace(self, arrays={name: put(array) for name, array in self.arrays.items()})
 
     def __post_init__(self) -> None:
         assert set(self.batch) <= set(BATCH_ARRAYS)
+
+
+class SingleCall:
+    """A case of one call: it has `build(seed)`."""
+
+    def build(self, seed: str = "") -> Call:
+        """The call; `seed` draws other values of the same shapes."""
+        raise NotImplementedError
+
+    def steps(self, seed: str = "") -> Steps:
+        """The one call."""
+        yield self.build(seed)
+
+    def disagreement(self, calls: Sequence[Call], outputs: Sequence[Outputs]) -> str:
+        """A single call has nothing to agree with."""
+        return ""
+
+
+def drive(steps: Steps, run: Callable[[Call], Outputs | None]) -> list[Call]:
+    """Run a case's calls one after another, each with what `run` returned for the one before; returns the calls."""
+    calls: list[Call] = []
+    try:
+        call = next(steps)
+        while True:
+            calls.append(call)
+            call = steps.send(run(call))
+    except StopIteration:
+        return calls
+
+
+def sha256_of(digests: Sequence[str]) -> str:
+    """One digest for the calls of a case; a single call's is its own."""
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def request_of(call: Call) -> Request:

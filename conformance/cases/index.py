@@ -10,7 +10,7 @@ import numpy as np
 from dsa_portable.arrays import NUMPY_DTYPES
 from dsa_portable.batch import DECODE_ROWS
 from dsa_portable.conformance.cases import values
-from dsa_portable.conformance.cases.call import Call
+from dsa_portable.conformance.cases.call import Call, SingleCall
 from dsa_portable.conformance.cases.storage import Storage, flat, paged, share
 from dsa_portable.formats import pack
 from dsa_portable.signature import SHORT
@@ -26,7 +26,7 @@ BOUNDARY_BOOST = 8
 
 
 @dataclass(frozen=True)
-class IndexCase:
+class IndexCase(SingleCall):
     """One call of lightning_index. `lattice`, `cancel` and `plateau` are exact in every legal arithmetic: zero tolerance."""
 
     id: str
@@ -37,7 +37,7 @@ class IndexCase:
     heads: int = 64
     head_dim: int = 128
     topk: int = 2048
-    content: str = "natural"  # natural, clustered, lattice, cancel, plateau
+    content: str = "natural"  # natural, clustered, codes, lattice, cancel, plateau
     power_of_two_scales: bool = False
     padding_rows: int = 0
     page_size: int | None = None
@@ -94,6 +94,9 @@ class IndexCase:
         elif self.content == "plateau":
             q = values.integers(f"{name}/q", shape, 0, 2).astype(np.float64)
             weights = values.bell(f"{name}/weights", shape[:2]) * 2.0**-10
+        elif self.content == "codes":
+            q = values.float8_codes(f"{name}/q", shape)
+            weights = values.fine_bell(f"{name}/weights", shape[:2]) * WEIGHT_SCALE[operand]
         else:
             q = values.bell(f"{name}/q", shape) * OPERAND_SCALE[operand]
             # Three quarters of the weights are positive, so that a large key has a large score, yet signs matter.
@@ -110,6 +113,8 @@ class IndexCase:
                 key = values.integers(label, shape, -1, 1).astype(np.float64)
             elif self.content == "plateau":
                 key = -values.integers(label, shape, 0, 2).astype(np.float64)
+            elif self.content == "codes":
+                key = values.float8_codes(label, shape)
             elif self.content == "clustered":
                 # One common key, and only the last eight dimensions differ: all scores share their leading bits.
                 common = values.bell(f"{name}/common", (1, self.head_dim)) * OPERAND_SCALE[operand]

@@ -55,6 +55,13 @@ def subset(name: str, population: int, count: int) -> Array:
     return permutation(name, population)[:count]
 
 
+def float8_codes(name: str, shape: tuple[int, ...]) -> Array:
+    """float64 numbers, uniform over the 254 codes of float8_e4m3fn that are no NaN: +-448, subnormals and -0.0 among them."""
+    codes = integers(name, shape, 0, 253)
+    signed = np.where(codes < 127, codes, codes + 1).astype(np.uint8)
+    return np.asarray(signed.view(NUMPY_DTYPES["float8_e4m3fn"]).astype(np.float64))
+
+
 def cast(values: Array, dtype: str) -> Array:
     """To a named dtype: exact float32 values rounded to nearest even, float8 clamped to +-448 first, int8 as integers."""
     target = NUMPY_DTYPES[dtype]

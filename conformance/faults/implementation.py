@@ -12,7 +12,7 @@ import numpy as np
 
 from dsa_portable.conformance.cases.call import Call
 from dsa_portable.conformance.emulator import dot, rounded, stored
-from dsa_portable.formats import layout, unpack
+from dsa_portable.formats import Unpacked, layout, unpack
 from dsa_portable.profile import Profile
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -20,6 +20,14 @@ Array: TypeAlias = np.ndarray[Any, Any]
 
 class Kernel:
     """What both operators share: requests, rows and where a position lies in memory."""
+
+    # What a planted fault says of itself: its number, a diagnosis in a few words, the public bug (repository#number) it stands for,
+    # the case that kills it, and the rule of docs/judging.md that it breaks there.
+    code = ""
+    title = ""
+    stands_for = ""
+    killed_by = ""
+    rule = ""
 
     def __init__(self, profile: Profile) -> None:
         self.profile = profile
@@ -35,9 +43,9 @@ class Kernel:
     def places(self, call: Call, request: int, positions: Array) -> Array:
         """Rows of the keys' memory, pages flattened."""
         if "block_table" not in call.batch:
-            return int(call.batch["cu_seqlens_k"][request]) + positions
+            return np.asarray(int(call.batch["cu_seqlens_k"][request]) + positions)
         size = int(call.batch_options["page_size"])
-        return self.page(call, request, positions // size) * size + positions % size
+        return np.asarray(self.page(call, request, positions // size) * size + positions % size)
 
     def rows_of(self, call: Call, request: int) -> range:
         """Query rows of a request."""
@@ -85,6 +93,10 @@ class LightningIndex(Kernel):
         """[n], the keys' scales."""
         return rounded(scale, self.profile.scale_compute)
 
+    def dots(self, q: Array, k: Array) -> Array:
+        """[H, n], as the accumulator sums them."""
+        return dot(q, k, self.profile.accumulator)
+
     def activate(self, dots: Array) -> Array:
         """relu."""
         return np.maximum(dots, 0)
@@ -98,7 +110,7 @@ class LightningIndex(Kernel):
         q, k = self.operands(q, k)
         heads = np.argsort(np.arange(len(q)) * 7919 % 104729)
         # Dimensions last to first and heads shuffled: another legal order of summation.
-        dots = stored(dot(q[heads][:, ::-1], k[:, ::-1], self.profile.accumulator), self.profile)
+        dots = stored(self.dots(q[heads][:, ::-1], k[:, ::-1]), self.profile)
         total = self.head_sum(self.weights(weights)[heads], self.activate(dots))
         return rounded(total * self.scale(scale), self.profile.logit)
 
@@ -140,7 +152,7 @@ class SparseAttend(Kernel):
 
     def entries(self, call: Call, row: int) -> Array:
         """The leading entries of the row that count."""
-        entries = call.arrays["indices"][row].astype(np.int64)
+        entries: Array = call.arrays["indices"][row].astype(np.int64)
         return entries[: max(0, int(call.arrays["topk_length"][row]))] if "topk_length" in call.arrays else entries
 
     def valid(self, entries: Array, length: int) -> Array:
@@ -152,10 +164,18 @@ class SparseAttend(Kernel):
         name, kv = call.options["kv_layout"], call.arrays["kv"]
         if name is None:
             return self.fetch(kv, places)
-        values, scale, rope = unpack(name, kv)
+        values, scale, rope = self.parts(name, kv)
         assert rope is not None
-        tiles = np.repeat(self.fetch(scale, places), layout(name).tile, axis=1)
+        tiles = np.repeat(self.tile_scales(self.fetch(scale, places)), layout(name).tile, axis=1)
         return np.concatenate([self.fetch(values, places) * tiles, self.fetch(rope, places)], axis=1)
+
+    def parts(self, name: str, kv: Array) -> Unpacked:
+        """Values, scales and rotated part of a packed cache."""
+        return unpack(name, kv)
+
+    def tile_scales(self, scale: Array) -> Array:
+        """[n, tiles] of one row."""
+        return scale
 
     def kv(self, kv: Array) -> Array:
         """[n, Dqk] of one row as it is multiplied."""
@@ -164,6 +184,10 @@ class SparseAttend(Kernel):
     def logits(self, q: Array, kv: Array, softmax_scale: float) -> Array:
         """[Hq, n]."""
         return rounded(dot(q[:, ::-1], kv[:, ::-1], self.profile.accumulator) * np.float32(softmax_scale), self.profile.logit)
+
+    def maximum(self, logits: Array) -> Array:
+        """[Hq], what is subtracted before exp."""
+        return np.asarray(logits.max(axis=1))
 
     def shares(self, logits: Array, top: Array) -> Array:
         """exp(logit - maximum) [Hq, n]."""
@@ -176,6 +200,10 @@ class SparseAttend(Kernel):
     def values(self, kv: Array, value_dim: int) -> Array:
         """[n, value_dim]."""
         return kv[:, :value_dim]
+
+    def weigh(self, p: Array, values: Array) -> Array:
+        """[Hq, value_dim], sum_j p[:, j] * values[j]; last to first, another legal order of summation."""
+        return dot(np.ascontiguousarray(p[:, ::-1]), np.ascontiguousarray(values[::-1].T), self.profile.accumulator)
 
     def sink_share(self, sink: Array, top: Array) -> Array:
         """What a sink adds to the normaliser, relative to exp(maximum)."""
@@ -193,7 +221,7 @@ class SparseAttend(Kernel):
         """(out float32, lse) of one row over n >= 1 keys."""
         kv = self.kv(kv)
         logits = self.logits(q.astype(np.float32), kv, softmax_scale)
-        top = logits.max(axis=1)
+        top = self.maximum(logits)
         shares = self.shares(logits, top)
         p = self.probabilities(shares)
         total = (p if self.profile.normaliser == "rounded" else shares)[:, ::-1].sum(axis=1)
@@ -201,8 +229,7 @@ class SparseAttend(Kernel):
         if sink is not None:
             with np.errstate(over="ignore"):
                 total = total + self.sink_share(sink, top)
-        values = np.ascontiguousarray(self.values(kv, value_dim)[::-1].T)
-        return dot(np.ascontiguousarray(p[:, ::-1]), values, self.profile.accumulator) / total[:, None], lse
+        return self.weigh(p, self.values(kv, value_dim)) / total[:, None], lse
 
     def empty(self, heads: int, value_dim: int) -> tuple[Array, Array]:
         """(out, lse) of a row without a valid index."""

@@ -30,6 +30,8 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
 class HeadDropped(LightningIndex):
     """One index head does not count."""
 
+    code, title = "I89", "one head dropped"
+
     def weights(self, weights: Array) -> Array:
         """Without head 5."""
         return np.where(np.arange(len(weights)) == 5, np.float32(0), weights)
@@ -38,13 +40,17 @@ class HeadDropped(LightningIndex):
 class DimensionDropped(LightningIndex):
     """One of the dimensions does not count, as when a tail tile is one short."""
 
+    code, title = "I90", "one dimension dropped"
+
     def operands(self, q: Array, k: Array) -> tuple[Array, Array]:
         """Without the last dimension."""
         return np.where(np.arange(q.shape[1]) == q.shape[1] - 1, np.float32(0), q), k
 
 
 class ScalePowerOfTwo(LightningIndex):
-    """Key scales pass through ue8m0 and lose their significand (FlashMLA pull request 184)."""
+    """Key scales pass through ue8m0 and lose their significand."""
+
+    code, title, stands_for = "I35", "key scales cut to powers of two", "FlashMLA#184"
 
     def scale(self, scale: Array) -> Array:
         """Rounded down to a power of two."""
@@ -53,6 +59,8 @@ class ScalePowerOfTwo(LightningIndex):
 
 class HeadSumBfloat16(LightningIndex):
     """The sum over heads is kept in bfloat16."""
+
+    code, title = "I10", "head sum in bfloat16"
 
     def head_sum(self, weights: Array, dots: Array) -> Array:
         """Rounded after every head."""
@@ -64,6 +72,8 @@ class HeadSumBfloat16(LightningIndex):
 
 class WeightsBfloat16(LightningIndex):
     """Weights are rounded to bfloat16 on the way in."""
+
+    code, title = "I6", "head weights rounded to bfloat16"
 
     def weights(self, weights: Array) -> Array:
         """As bfloat16."""

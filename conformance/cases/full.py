@@ -1,0 +1,96 @@
+"""What the full list adds to core: long contexts, large calls, every geometry in every format, symmetries, all pipelines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TypeAlias
+
+from dsa_portable.conformance.cases.attend import AttendCase
+from dsa_portable.conformance.cases.core import (
+    ATTEND_FORMATS,
+    ATTEND_OPTIONS,
+    HEADLINE,
+    INDEX_FORMATS,
+    INDEX_OPTIONS,
+    LSE,
+    PIPELINES,
+    SCORES,
+    named,
+    pipeline,
+)
+from dsa_portable.conformance.cases.index import IndexCase
+from dsa_portable.conformance.cases.relation import PipelineCase, RelationCase
+
+Case: TypeAlias = IndexCase | AttendCase | RelationCase | PipelineCase
+
+# fmt: off
+LARGE_INDEX = (
+    IndexCase("decode-262144", "262,144 keys whose scores share their leading bits.", ("long-context", "clustered-scores"), "", ((2, 262144),), heads=32, content="clustered"),
+    IndexCase("prefill-65537", "A chunk at the end of 65,537 keys.", ("long-context", "selection", "scale"), "", ((24, 65537),)),
+    IndexCase("prefill-large", "Many rows over many keys, causal.", ("selection", "causal-offset", "scale"), "", ((256, 8192),), page_size=64),
+)
+LONGEST_INDEX = IndexCase("decode-1048576", "A million keys.", ("long-context", "clustered-scores"), HEADLINE, ((1, 1 << 20),), heads=32, content="clustered")
+LARGE_ATTEND = (
+    AttendCase("prefill-large", "32 rows of 128 heads over long paged keys.", ("paging", "logits", "poison"), "", ((20, 40000), (12, 9000)), page_size=64, logits="peaked"),
+    AttendCase("prefill-topk8192", "8,192 entries per row.", ("geometry",), "", ((3, 20000),), heads=64, topk=8192, logits="flat"),
+    AttendCase("decode-heads48", "48 heads.", ("geometry",), "", ((2, 4100), (1, 30)), heads=48, page_size=64),
+)
+BIG_OFFSET = AttendCase("decode-big-offset", "The last keys lie more than 2^31 elements into the cache.", ("big-offset", "paging"), "v32_fp8_656_nsr", ((2, 3400000),), heads=16, page_size=64, holes=False)
+SYMMETRIES = (
+    RelationCase("heads-reversed", "Index heads and their weights in reverse order change nothing.", ("symmetry", "exactness"),
+                 IndexCase("symmetry", "", (), "", ((8, 3000), (4, 60)), content="lattice", options=SCORES), "heads-reversed"),
+    RelationCase("weights-times-8", "Weights times a power of two: the same selection, eight times the scores.", ("symmetry",),
+                 IndexCase("symmetry", "", (), "", ((8, 5000),), options=SCORES), "weights-times-8"),
+    RelationCase("keys-reversed", "Keys in reverse order: the same scores are kept.", ("symmetry", "exactness"),
+                 IndexCase("symmetry", "", (), "", ((8, 3000), (4, 60)), content="lattice", causal=False, options=SCORES), "keys-reversed"),
+    RelationCase("heads-reversed", "Query heads in reverse order give the output in reverse order.", ("symmetry", "exactness"),
+                 AttendCase("symmetry", "", (), "", ((4, 2500),), heads=64, logits="onehot", options=LSE), "heads-reversed"),
+    RelationCase("entries-reversed", "Entries of a row in reverse order: the exact mean stays.", ("symmetry", "exactness"),
+                 AttendCase("symmetry", "", (), "", ((4, 2500),), heads=64, logits="mean"), "entries-reversed"),
+)
+SHIFTS = tuple(
+    RelationCase(f"attend-{format}-values-shifted", "A constant added to every value adds it to the output.", ("symmetry", "exactness"),
+                 AttendCase("symmetry", "", (), format, ((4, 2500),), heads=64, logits="mean"), "values-shifted")
+    for format in ("bf16", "f16", "f32")
+)
+# fmt: on
+
+
+def _elsewhere(options: Iterable[Case], formats: tuple[str, ...], tried: str) -> Iterable[Case]:
+    """What core tries in one format alone, in all others; packed index caches hold float8 alone."""
+    for case in options:
+        for format in formats:
+            fits = not isinstance(case, IndexCase) or not (case.k_layout or case.content == "codes" or case.power_of_two_scales)
+            scaled = not getattr(case, "visible_nan", False) or not format.endswith("/-")
+            wide = not isinstance(case, AttendCase) or case.dims == (576, 512) or format in ("f16", "f32")
+            if format != tried and fits and scaled and wide and isinstance(case, (IndexCase, AttendCase)):
+                yield named(case, format)
+
+
+def _symmetries() -> Iterable[RelationCase]:
+    for case in SYMMETRIES:
+        for format in INDEX_FORMATS if isinstance(case.base, IndexCase) else ATTEND_FORMATS:
+            base = named(case.base, format)
+            yield replace(case, id=f"{base.id}-{case.id}", base=base)
+
+
+def _pipelines() -> Iterable[PipelineCase]:
+    first = PIPELINES[0]
+    for format in INDEX_FORMATS[1:]:
+        yield pipeline(f"{format.replace('/', '-')}", replace(first.index, format=format), first.attend)
+    for format in ATTEND_FORMATS[1:]:
+        yield pipeline(f"{format}", first.index, replace(first.attend, format=format))
+
+
+CASES: tuple[Case, ...] = (
+    *(named(case, format) for case in LARGE_INDEX for format in INDEX_FORMATS),
+    named(LONGEST_INDEX),
+    *(named(case, format) for case in LARGE_ATTEND for format in ATTEND_FORMATS),
+    named(BIG_OFFSET),
+    *_elsewhere(INDEX_OPTIONS, INDEX_FORMATS, HEADLINE),
+    *_elsewhere(ATTEND_OPTIONS, ATTEND_FORMATS, "bf16"),
+    *_symmetries(),
+    *SHIFTS,
+    *_pipelines(),
+)

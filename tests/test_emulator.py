@@ -1,0 +1,303 @@
+"""The yardstick: its accumulator against fractions, its roundings against ml_dtypes, its errors against the proven bound."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any, TypeAlias
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsa_portable.conformance import criteria, emulator, oracle
+from dsa_portable.conformance.cases.attend import AttendCase
+from dsa_portable.conformance.cases.index import IndexCase
+from dsa_portable.profile import Accumulator, Profile
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+# --- the accumulator, slowly: rational numbers, one rounding at a time ---
+
+
+def exponent(x: Fraction) -> int:
+    """e with 2^(e-1) <= |x| < 2^e."""
+    e = abs(x.numerator).bit_length() - x.denominator.bit_length()
+    return e + 1 if abs(x) >= Fraction(2) ** e else e
+
+
+def slow_dot(a: list[Fraction], b: list[Fraction], bits: int, rounding: str, group: int) -> Fraction:
+    """A group's products and the running sum are cut to a multiple of the largest one's last kept place, then added exactly."""
+    total = Fraction(0)
+    for first in range(0, len(a), group):
+        terms = [total, *(x * y for x, y in zip(a[first : first + group], b[first : first + group], strict=True))]
+        largest = max(terms, key=abs)
+        if largest == 0:
+            continue
+        unit = Fraction(2) ** (exponent(largest) - bits)
+        # int() goes toward zero, round() to the nearest even.
+        total = sum((int(x / unit) if rounding == "RZ" else round(x / unit)) * unit for x in terms) + Fraction(0)
+    return total
+
+
+def test_the_slow_model_by_hand() -> None:
+    assert [exponent(Fraction(x)) for x in ("1", "1/2", "3/4", "-5", "8")] == [1, 0, 0, 3, 4]
+    one = Fraction(1)
+    # Three bits under 9 = 1001b: the unit is 2, so 9 becomes 8 (or 8, the even of 8 and 10), and 3 becomes 2 or 4.
+    assert slow_dot([Fraction(9), Fraction(3)], [one, one], 3, "RZ", 2) == 10
+    assert slow_dot([Fraction(9), Fraction(3)], [one, one], 3, "RN", 2) == 12
+    # One at a time nothing of 3 is lost before the sum 9 is there; the 9 is cut when it is added.
+    assert slow_dot([Fraction(3), Fraction(9)], [one, one], 3, "RZ", 1) == 10
+    assert slow_dot([Fraction(-9), Fraction(3)], [one, one], 3, "RZ", 2) == -6
+
+
+ACCUMULATORS = [Accumulator(13, "RZ", 32), Accumulator(14, "RZ", 32), Accumulator(13, "RN", 8), Accumulator(14, "RN", 1)]
+IDS = [f"{x.bits}-{x.rounding}-{x.group}" for x in ACCUMULATORS]
+
+
+def operands(raw: bytes, exponents: int | None) -> tuple[list[float], list[float]]:
+    """Two vectors from any bytes: float8_e4m3fn, or bfloat16 with so many different exponents."""
+    if exponents is None:
+        numbers = np.frombuffer(raw, ml_dtypes.float8_e4m3fn).astype(np.float64)
+        numbers[np.isnan(numbers)] = 0
+    else:
+        words = np.frombuffer(raw[: len(raw) // 2 * 2], "<u2").astype(np.int64)
+        sign, significand = np.where(words & 0x8000, -1.0, 1.0), 128 + (words & 0x7F)
+        numbers = sign * significand * 2.0 ** ((words >> 7 & 0xFF) % exponents - exponents // 2 - 7.0)
+    half = len(numbers) // 2
+    return numbers[:half].tolist(), numbers[half : 2 * half].tolist()
+
+
+VECTORS = st.builds(operands, st.binary(min_size=4, max_size=280), st.sampled_from([None, 1, 4, 40]))
+
+
+def fast_dot(a: list[float], b: list[float], accumulator: Accumulator) -> Fraction:
+    return Fraction(float(emulator.dot(np.array([a]), np.array([b]), accumulator)[0, 0]))
+
+
+@pytest.mark.parametrize("accumulator", ACCUMULATORS, ids=IDS)
+@settings(deadline=None)
+@given(vectors=VECTORS)
+def test_dot_is_the_slow_model(accumulator: Accumulator, vectors: tuple[list[float], list[float]]) -> None:
+    a, b = vectors
+    exact = [Fraction(x) for x in a], [Fraction(y) for y in b]
+    assert fast_dot(a, b, accumulator) == slow_dot(*exact, accumulator.bits, accumulator.rounding, accumulator.group)
+
+
+def test_dot_gives_one_number_for_each_pair_of_rows() -> None:
+    drawn = np.random.default_rng(1)
+    a, b = (drawn.standard_normal((n, 40)).astype(ml_dtypes.bfloat16) for n in (3, emulator.BLOCK + 5))
+    for accumulator in (*ACCUMULATORS, Accumulator()):
+        found = emulator.dot(a, b, accumulator)
+        assert found.shape == (3, len(b))
+        assert found.dtype == np.float32
+        for i, j in ((0, 0), (2, 3), (1, emulator.BLOCK - 1), (1, emulator.BLOCK), (2, len(b) - 1)):
+            np.testing.assert_allclose(found[i, j], emulator.dot(a[i : i + 1], b[j : j + 1], accumulator)[0, 0], rtol=1e-5)
+    assert emulator.dot(a, b[:0], ACCUMULATORS[0]).shape == (3, 0)
+
+
+def test_rounding_group_and_bits_all_matter() -> None:
+    drawn = np.random.default_rng(2)
+    a, b = (drawn.standard_normal((8, 128)).astype(ml_dtypes.bfloat16) for _ in range(2))
+    changed = [ACCUMULATORS[0], Accumulator(14, "RZ", 32), Accumulator(13, "RN", 32), Accumulator(13, "RZ", 16), Accumulator()]
+    results = [emulator.dot(a, b, accumulator) for accumulator in changed]
+    for i, one in enumerate(results):
+        assert not any(np.array_equal(one, other) for other in results[:i])
+
+
+@pytest.mark.parametrize("accumulator", [*ACCUMULATORS, Accumulator()], ids=[*IDS, "float32"])
+@pytest.mark.parametrize("power", [-40, -57, -62, -70, -80])
+def test_tiny_products_are_lost_and_never_become_nan(accumulator: Accumulator, power: int) -> None:
+    a = np.full((2, 40), 2.0**power)
+    found = emulator.dot(a, a, accumulator)
+    expected = 40 * 2.0 ** (2 * power)
+    assert (abs(found - expected) <= max(2.0**-120, expected / 256)).all()
+
+
+# --- the proven bound ---
+
+
+def share_of_bound(a: list[float], b: list[float], accumulator: Accumulator, bits: int | None = None) -> float:
+    """|emulated - exact| over dot_gamma * sum |a_i b_i|; `bits`: the error is that of an accumulator of so many bits."""
+    exact = sum((Fraction(x) * Fraction(y) for x, y in zip(a, b, strict=True)), Fraction(0))
+    magnitude = sum(abs(Fraction(x) * Fraction(y)) for x, y in zip(a, b, strict=True))
+    error = abs(fast_dot(a, b, replace(accumulator, bits=bits or accumulator.bits)) - exact)
+    bound = criteria.dot_gamma(accumulator, len(a)) * float(magnitude)
+    return float(error) / bound if bound else float(error > 0)
+
+
+BOUNDED = [*ACCUMULATORS, Accumulator(13, "RZ", 4), Accumulator(18, "RZ", 16), Accumulator(13, "RZ", 1), Accumulator()]
+BOUNDED_IDS = [f"{x.bits}-{x.rounding}-{x.group}" for x in BOUNDED]
+
+
+@pytest.mark.parametrize("accumulator", BOUNDED, ids=BOUNDED_IDS)
+@settings(deadline=None)
+@given(vectors=VECTORS)
+def test_the_bound_holds(accumulator: Accumulator, vectors: tuple[list[float], list[float]]) -> None:
+    assert share_of_bound(*vectors, accumulator) <= 1
+
+
+def adversaries(length: int) -> dict[str, list[float]]:
+    """Products (of one operand with 1) that an aligned sum cuts as much as it can."""
+    almost, small = 2 - 2.0**-7, 2.0**-12 - 2.0**-20
+    at_group_ends = [2.0 ** (i // 32) * (64 if i % 32 == 31 else 2.0**-7 * almost) for i in range(length)]
+    return {
+        "all just below a power of two": [almost] * length,
+        "one large, all others just below its unit": [1.0, *[small] * (length - 1)],
+        "one large at the end": [*[small] * (length - 1), 1.0],
+        "growing by a half": [almost * 1.5 ** (i // 2) for i in range(length)],
+        "growing, large at every group's end": at_group_ends,
+        "cancelling": [almost * (-1) ** i for i in range(length)],
+        "cancelling after growth": [almost * 2.0 ** (i // 8) * (-1) ** (i // 16) for i in range(length)],
+    }
+
+
+@pytest.mark.parametrize("accumulator", BOUNDED, ids=BOUNDED_IDS)
+@pytest.mark.parametrize("length", [1, 2, 31, 33, 64, 128])
+def test_the_bound_holds_against_adversaries(accumulator: Accumulator, length: int) -> None:
+    for name, products in adversaries(length).items():
+        a = [float(np.float32(x).astype(ml_dtypes.bfloat16)) for x in products]
+        assert share_of_bound(a, [1.0] * length, accumulator) <= 1, name
+
+
+@pytest.mark.parametrize("accumulator", ACCUMULATORS[:2], ids=IDS[:2])
+def test_the_bound_is_no_idle_one(accumulator: Accumulator) -> None:
+    """An adversary uses a good part of it, and an accumulator that is three bits shorter than declared breaks it."""
+    unit = 2.0 ** (1 - accumulator.bits)
+    a = [1.0, *[unit * (1 - 2.0**-8)] * 31]
+    assert 0.9 < share_of_bound(a, [1.0] * 32, accumulator) <= 1
+    shorter = [1.0, *[8 * unit * (1 - 2.0**-8)] * 31]
+    assert share_of_bound(shorter, [1.0] * 32, accumulator, accumulator.bits - 3) > 1
+
+
+# --- roundings ---
+
+BITS32 = st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=64).map(lambda x: np.array(x, np.uint32).view(np.float32))
+
+
+@given(BITS32)
+def test_rounded_is_what_ml_dtypes_and_numpy_round_to(drawn: Array) -> None:
+    with np.errstate(all="ignore"):
+        np.testing.assert_array_equal(emulator.rounded(drawn, "bfloat16"), drawn.astype(ml_dtypes.bfloat16).astype(np.float32))
+        np.testing.assert_array_equal(emulator.rounded(drawn, "float16"), drawn.astype(np.float16).astype(np.float32))
+        np.testing.assert_array_equal(emulator.rounded(drawn, "float32"), drawn)
+
+
+def test_rounded_by_hand() -> None:
+    values = np.array([1 + 2.0**-8, 1 + 3 * 2.0**-8, 257, 65519, 65520, 1e38, -np.inf])
+    assert emulator.rounded(values, "bfloat16").tolist()[:3] == [1.0, 1 + 2.0**-6, 256.0]
+    assert emulator.rounded(values, "float16").tolist()[2:] == [257.0, 65504.0, np.inf, np.inf, -np.inf]
+    assert emulator.rounded(values, "float32").tolist()[:4] == values.tolist()[:4]
+
+
+def test_an_intermediate_is_scaled_before_it_is_rounded() -> None:
+    dots = np.array([70000.0, 2.0**-26, 1025.0 / 1024], np.float32)
+    half = Profile(intermediate="float16")
+    with np.errstate(over="ignore"):
+        assert emulator.stored(dots, half).tolist() == [np.inf, 0.0, 1025 / 1024]
+    scaled = emulator.stored(dots, replace(half, intermediate_exponent=-2))
+    assert scaled.tolist() == [70016.0, 0.0, 1025 / 1024]
+
+
+# --- whole profiles ---
+
+INDEX = IndexCase("small", "Small.", (), "e4m3/f32/f32", ((3, 30), (2, 17)), heads=4, head_dim=48, topk=8, page_size=4)
+ATTEND = AttendCase("small", "Small.", (), "f32", ((2, 80),), heads=4, dims=(48, 32), topk=64, sink=True, holes=False)
+
+
+def index_scores(profile: Profile) -> Array:
+    return np.concatenate([scores for _, scores in sorted(emulator.index_scores(INDEX.build(), profile).items())])
+
+
+def attended(profile: Profile) -> Array:
+    """Output and lse of row 0."""
+    call = ATTEND.build()
+    row, request, _, _ = next(oracle.rows(call))
+    kv, _ = oracle.attention_row(call, row, request)
+    q, sink = call.arrays["q"][row], call.arrays["attn_sink"]
+    out, lse = emulator.attention(q, kv, call.options["softmax_scale"], 32, sink, profile)
+    return np.concatenate([out.ravel(), lse])
+
+
+def test_the_exact_profile_is_plain_float32_in_the_index() -> None:
+    for case in (INDEX, replace(INDEX, content="lattice")):
+        call = case.build()
+        found = emulator.index_scores(call, Profile())
+        assert sorted(found) == [row for row, _, start, end in oracle.rows(call) if end > start]
+        for row, request, start, end in oracle.rows(call):
+            keys, scale = (x.astype(np.float32) for x in oracle.index_keys(call, request, np.arange(start, end)))
+            dots = np.maximum(call.arrays["q"][row].astype(np.float32) @ keys.T, 0)
+            plain = (call.arrays["weights"][row] @ dots) * scale
+            assert found[row].dtype == np.float32
+            if case.exact:
+                np.testing.assert_array_equal(found[row], plain)
+            else:
+                np.testing.assert_allclose(found[row], plain, rtol=0, atol=1e-6 * abs(plain).max())
+
+
+def test_the_exact_profile_is_plain_float32_in_attention() -> None:
+    call = replace(ATTEND, format="bf16").build()
+    for row, request, _, _ in oracle.rows(call):
+        kv, _ = oracle.attention_row(call, row, request)
+        q, keys, sink = call.arrays["q"][row].astype(np.float32), kv.astype(np.float32), call.arrays["attn_sink"]
+        logits = q @ keys.T * np.float32(call.options["softmax_scale"])
+        top = logits.max(axis=1)
+        p = np.exp(logits - top[:, None])
+        with np.errstate(over="ignore"):
+            plain = p @ keys[:, :32] / (p.sum(axis=1) + np.exp(sink - top))[:, None]
+        out, lse = emulator.attention(call.arrays["q"][row], kv, call.options["softmax_scale"], 32, sink, Profile())
+        assert out.dtype == call.arrays["q"].dtype
+        np.testing.assert_allclose(out.astype(np.float32), plain, rtol=2.0**-8, atol=1e-5 * abs(plain).max())
+        np.testing.assert_allclose(lse, top + np.log(p.sum(axis=1)), rtol=1e-6)
+
+
+def test_a_row_without_keys_or_request_is_absent() -> None:
+    case = replace(INDEX, requests=((3, 1), (2, 0), (1, 5)), padding_rows=2)
+    assert {row: len(scores) for row, scores in emulator.index_scores(case.build(), Profile()).items()} == {2: 1, 5: 5}
+
+
+INDEX_ROUNDINGS = [
+    {"accumulator": ACCUMULATORS[0]},
+    {"intermediate": "float16", "intermediate_exponent": -8},
+    {"head_sum": "bfloat16"},
+    {"logit": "bfloat16"},
+    {"scale_compute": "bfloat16"},
+]
+ATTEND_ROUNDINGS = [
+    {"accumulator": ACCUMULATORS[0]},
+    {"logit": "bfloat16"},
+    {"p": "bfloat16"},
+    {"p": "bfloat16", "normaliser": "rounded"},
+    {"kv_compute": "bfloat16"},
+]
+PROMISES: list[dict[str, Any]] = [
+    {"exp_ulp": 8.0},
+    {"finite_max": 65504.0},
+    {"subnormals": "flushed"},
+    {"ties": "lowest"},
+    {"native_order": "score"},
+    {"deterministic": True},
+]
+
+
+@pytest.mark.parametrize(("result", "roundings"), [(index_scores, INDEX_ROUNDINGS), (attended, ATTEND_ROUNDINGS)])
+def test_every_declared_rounding_is_modelled_and_nothing_else(result: Any, roundings: list[dict[str, Any]]) -> None:
+    exact = result(Profile())
+    others = [result(Profile(**fields)) for fields in roundings]
+    for i, other in enumerate(others):
+        assert not np.array_equal(exact, other), roundings[i]
+        assert not any(np.array_equal(other, earlier) for earlier in others[:i]), roundings[i]
+        np.testing.assert_allclose(other, exact, rtol=0, atol=0.05 * abs(exact[np.isfinite(exact)]).max())
+    for promise in PROMISES:
+        np.testing.assert_array_equal(result(Profile(**promise)), exact)
+
+
+def test_a_sink_of_infinity_leaves_nothing() -> None:
+    q, kv = np.ones((3, 4), np.float32), np.ones((5, 4))
+    out, lse = emulator.attention(q, kv, 0.5, 2, np.array([-np.inf, 0.0, np.inf], np.float32), Profile())
+    assert out[0].tolist() == [1, 1]
+    np.testing.assert_allclose(out[1], 5 / (5 + np.exp(-2.0)), rtol=1e-6)
+    assert out[2].tolist() == [0, 0]
+    np.testing.assert_allclose(lse, 2 + np.log(5), rtol=1e-6)
