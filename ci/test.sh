@@ -11,7 +11,7 @@ shift || true
 case $suite in
   core)
     requirements=(--editable "$root[cpu,test]")
-    tests=(tests --ignore tests/torch)
+    tests=(--ignore tests/torch)
     ;;
   torch)
     requirements=(torch --editable "$root[cpu,test]")

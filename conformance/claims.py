@@ -9,6 +9,7 @@ from dsa_portable.capability import FEATURES, Capabilities, Feature
 from dsa_portable.conformance import lists
 from dsa_portable.conformance.cases.call import Call, request_of
 from dsa_portable.conformance.cases.catalogue import Case
+from dsa_portable.conformance.cases.relation import PipelineCase
 from dsa_portable.conformance.report.schema import NOT_GRANTED_WITH, CaseResult, Claim, Evidence, ProfileEntry, Status, tally
 from dsa_portable.profile import ENVELOPES
 
@@ -32,10 +33,12 @@ def undeclared(case: Case, calls: Sequence[Call], capabilities: Capabilities) ->
     return None
 
 
-def required(operator: str, used: Mapping[str, Any], capabilities: Capabilities) -> bool:
+def required(case: Case, used: Mapping[str, Any], capabilities: Capabilities) -> bool:
     """True where the claim falls without the case: it uses only required features, and of alternatives one that is declared."""
-    declared = capabilities.get(operator, {})
-    for feature in FEATURES[operator]:
+    if isinstance(case, PipelineCase):
+        return False  # It needs both operators, in formats and sizes of its own choice; a claim is about one.
+    declared = capabilities.get(case.operator, {})
+    for feature in FEATURES[case.operator]:
         if feature.name == "format" or feature.name not in used:
             continue
         if used[feature.name] not in feature.required:
@@ -95,11 +98,14 @@ def _obstacle(
         return f"evidence is {evidence}"
     declared = capabilities.get(profile.operator, {})
     passed = [used[row.id] for row in rows if row.status is Status.PASS]
-    for feature in FEATURES[profile.operator]:
-        if feature.required and not any(value in declared.get(feature.name, ()) for value in feature.required):
+    needed = [feature for feature in FEATURES[profile.operator] if feature.required]
+    # What is missing comes first: it is why the cases of other features did not pass either.
+    for feature in needed:
+        if not any(value in declared.get(feature.name, ()) for value in feature.required):
             return f"required feature '{feature.name}' is not declared"
+    for feature in needed:
         covered = [features for features in passed if features.get(feature.name) in feature.required]
-        if feature.required and not covered and any(feature.name in used[r.id] for r in rows if r.id in used):
+        if not covered and any(feature.name in used[r.id] for r in rows if r.id in used):
             return f"no case of required feature '{feature.name}' passed"
     if lacking := [row.id for row in rows if row.claim_required and row.status is Status.UNSUPPORTED]:
         return f"required case {lacking[0]} is not supported"

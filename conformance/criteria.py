@@ -141,7 +141,8 @@ def attention_bound(profile: Profile, row: Row, dtype: str) -> RowBound:
     # sum p |v - o| <= sqrt(sum p * sum p (v - o)^2), expanded so that it is one matrix product; the sink is a key of value 0.
     spread = p @ (v * v) - 2 * out * (p @ v) + total[:, None] * out * out
     spread = np.sqrt(np.maximum(spread, 0) * np.maximum(total[:, None], 0)) + (1 - total)[:, None].clip(0) * abs(out)
-    theta = np.expm1(2 * lam) + 2 * profile.exp_ulp * 2.0**-24
+    # Beyond e^600 the bound says nothing, and must not become inf times 0.
+    theta = np.expm1(np.minimum(2 * lam, 600)) + 2 * profile.exp_ulp * 2.0**-24
     sums = 2 * dot_gamma(profile.accumulator, count, EXTRA_OPERATIONS)
     bound = theta[:, None] * spread + (u_p + u_kv + sums) * (p @ abs(v))
     rounding = UNIT_ROUNDOFF[dtype]

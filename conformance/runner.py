@@ -409,7 +409,7 @@ class _Session:
             operator=case.operator,
             format=case.format,
             phase=case.phase,
-            claim_required=claims.required(case.operator, self.used.get(case.id, {}), self.capabilities),
+            claim_required=claims.required(case, self.used.get(case.id, {}), self.capabilities),
             hazards=list(case.hazards),
             why=case.why,
             status=Status(verdict.status),

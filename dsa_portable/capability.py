@@ -59,7 +59,7 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
         Feature("topk", lambda r: r.topk, "entries per row", (2048,)),
         *_SHARED,
         Feature("k_layout", lambda r: r.k_layout, "packed index caches, by name"),
-        Feature("unsorted", lambda r: _when(not r.sorted), "`sorted=False`", YES),
+        Feature("unsorted", lambda r: _when(not r.sorted), "`sorted=False`"),
         Feature("return_scores", lambda r: _when(r.return_scores), "the scores of the returned indices"),
         Feature("key_range", lambda r: _when(r.batch.key_start is not None), "`key_start` and `key_end` per row"),
         Feature("non_causal", lambda r: _when(not r.batch.causal and r.batch.key_start is None), "`causal=False`"),

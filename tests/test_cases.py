@@ -263,8 +263,6 @@ def features_of_table(case: Single) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-# The order of the result is the call's, not the operands': one claim tries it.
-TRIED_ONCE = "unsorted"
 CLAIMS = sorted({(case.operator, case.format, case.phase) for case in SINGLE.values()})
 
 
@@ -276,7 +274,7 @@ def untried(operator: str, format: str, phase: str, offered: Mapping[str, tuple[
         if (case.operator, case.format, case.phase) == (operator, format, phase)
         and all((features := features_of_table(case)).get(name) in (None, *values) for name, values in offered.items())
     ]
-    return [name for name in offered if name != TRIED_ONCE and not any(name in features for features in mine)]
+    return [name for name in offered if not any(name in features for features in mine)]
 
 
 def alternatives(operator: str) -> Iterator[dict[str, tuple[Any, ...]]]:
@@ -286,12 +284,9 @@ def alternatives(operator: str) -> Iterator[dict[str, tuple[Any, ...]]]:
         yield {name: (value,) for name, value in zip(required, choice, strict=True)}
 
 
-PAGE_128 = pytest.mark.xfail(strict=True, reason="sparse_attend has no prefill case with pages of 128")
-
-
 @pytest.mark.parametrize(
     ("operator", "format", "phase"),
-    [pytest.param(*claim, marks=[PAGE_128] if claim[::2] == ("sparse_attend", "prefill") else []) for claim in CLAIMS],
+    CLAIMS,
 )
 def test_every_required_value_is_tried_in_every_claim(operator: str, format: str, phase: str) -> None:
     required = {feature.name: feature.required for feature in FEATURES[operator] if feature.required}
@@ -300,7 +295,6 @@ def test_every_required_value_is_tried_in_every_claim(operator: str, format: str
             assert not untried(operator, format, phase, {name: (value,)}), f"{name} = {value}"
 
 
-@pytest.mark.xfail(strict=True, reason="the templates tie head counts, page sizes and flat keys together")
 @pytest.mark.parametrize(("operator", "format", "phase"), CLAIMS)
 def test_one_value_of_each_required_feature_is_enough_for_every_claim(operator: str, format: str, phase: str) -> None:
     lacking = {
@@ -367,6 +361,8 @@ def read_places(case: Single, call: Call) -> tuple[set[int], set[int]]:
         else:
             places.append([int(call.batch["cu_seqlens_k"][r]) + p for p in range(length)])
     prefix = {place for row in places for place in row[: case.shared_pages * size]} if case.page_size else set()
+    if isinstance(case, IndexCase) and case.ranges:
+        return {places[request][p] for _, request, start, end in oracle.rows(call) for p in range(start, end)}, prefix
     if isinstance(case, IndexCase):
         return {place for row in places for place in row}, prefix
     read = set()
@@ -418,7 +414,7 @@ def test_exact_index_cases_are_exact_in_every_order(built: tuple[Single, Call]) 
         assert np.array_equal(units, np.rint(units))
         least = np.gcd.reduce(units.astype(np.int64))
         assert (units / least @ dots).max(initial=0) < 2**24, "a head sum leaves the integers of float32"
-        assert (np.frexp(scale)[0] == 0.5).all()
+        assert set(np.frexp(scale)[0]) <= {0.0, 0.5}
 
 
 def test_exact_weights_survive_their_dtype(built: tuple[Single, Call]) -> None:

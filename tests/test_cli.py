@@ -300,7 +300,7 @@ def test_an_exported_attention_is_the_operator(exported: Path, dtype: str) -> No
     q, kv = RANDOM.normal(size=(5, 16, 48)).astype(dtype), RANDOM.normal(size=(200, 48)).astype(dtype)
     indices = RANDOM.integers(-20, 220, (5, 64)).astype(np.int32)
     indices[3] = -1
-    scale = np.float32(0.2)
+    scale = np.array(0.2, np.float32)
     expected = sparse_attend(q, kv, indices, softmax_scale=float(scale), value_dim=32, return_lse=True, backend="cpu")
     got = plain(
         exported / f"sparse_attend.{dtype}.onnx", q=q, kv=kv, indices=indices, softmax_scale=scale, value_dim=np.array([32])

@@ -8,6 +8,7 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -335,6 +336,31 @@ def test_evidence(
     assert ("not run on the named chip" in lines[-1]) == (evidence != "HARDWARE")
     if report.emulates:
         assert "--emulate chip9" in rows(report)[SMALL].reproducer
+
+
+def test_a_run_of_refusals_is_evidence_of_nothing(tmp_path: Path) -> None:
+    source = "def index(request):\n    raise Unsupported('not today.', 'out')\n"
+    plugins.module(tmp_path, "shy", "operators=OURS", source)
+    _, report = conformance(tmp_path, "out", "--backend", "shy", cases=[SMALL])
+    assert (rows(report)[SMALL].status, rows(report)[SMALL].seconds) == (Status.FAIL, None)
+    assert (report.evidence, report.evidence_reason) == (Evidence.EMULATED, "no call has reached the chip")
+
+
+def test_emulation_ends_with_its_run(tmp_path: Path) -> None:
+    """A program may run the suite twice; what it emulated first must not stay on for a run that is to be HARDWARE."""
+    plugins.module(tmp_path, "seen", "emulates=('chip9',)")
+    run = f"dsa_portable.conformance(backend='seen', level='smoke', cases=['{SMALL}'], out='out', emulate={{}})"
+    code = f"import os, dsa_portable\nfirst = {run.format('chip9'.__repr__())}\nassert 'DSA_EMULATE' not in os.environ\n"
+    code += f"second = {run.format(None)}\nprint(first.evidence, first.emulates, second.evidence, second.emulates)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=plugins.environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout == "EMULATED chip9 HARDWARE None\n", done.stderr
 
 
 def test_emulating_what_is_not_declared(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ Array: TypeAlias = np.ndarray[Any, Any]
 
 # 192^-0.5 * mscale^2 with mscale = 0.1 * ln(40) + 1: what DeepSeek-V3.2 uses, and not the 576^-0.5 of common defaults.
 V32_SCALE = 0.1352337788608801
-# Query sizes that give logits of standard deviation 0.07, 3 and 17 over kv of standard deviation 1.2.
-QUERY_SCALE = {"flat": 2.0**-13, "peaked": 0.75 * 2.0**-7, "hot": 2.0**-5}
+# Query sizes that give logits of standard deviation 0.07, 3 and 35 over kv of standard deviation 1.2.
+QUERY_SCALE = {"flat": 2.0**-13, "peaked": 0.75 * 2.0**-7, "hot": 2.0**-4}
 INVALID = (-1, -(2**31), 2**31 - 1, -7, -123456)
 SINKS = (-np.inf, 0.0, 4.0, np.inf, -3.0, 100.0, -100.0)
 
@@ -127,7 +127,8 @@ class AttendCase(SingleCall):
             # The first and the last key are always among them: both ends of the request, and of a page, are read.
             chosen = np.concatenate([[0, keys - 1], chosen[(chosen != 0) & (chosen != keys - 1)]])[:count]
         if self.repeated:
-            chosen[::4] = chosen[: len(chosen[::4])]
+            # One entry in four repeats its neighbour.
+            chosen[: len(chosen) // 2 * 2 : 4] = chosen[1 : len(chosen) // 2 * 2 : 4]
         entries = np.full(self.topk, -1, np.int64)
         length = self.topk
         if not self.holes:

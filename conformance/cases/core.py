@@ -22,7 +22,7 @@ INDEX_TEMPLATES = (
     IndexCase("decode-lengths", "One row per request, lengths 0, 1, topk-1, topk, topk+1 and beyond: short rows are exact, padding rows are -1.",
               ("short-row", "ragged", "padding-rows", "selection"), "", BOUNDARY_LENGTHS, padding_rows=3, gap=5),
     IndexCase("decode-paged64", "Pages in random order, a shared prefix, garbage in unused table entries, NaN in unused slots.",
-              ("paging", "poison", "causal-offset"), "", ((2, 8193), (1, 5000), (4, 2049), (1, 65)), page_size=64, shared_pages=16, padding_rows=1),
+              ("paging", "poison", "causal-offset"), "", ((4, 8193), (1, 5000), (2, 2049), (1, 65)), page_size=64, shared_pages=16, padding_rows=1),
     IndexCase("decode-paged128", "The same with pages of 128 and 32 heads, as GLM-5 has them.",
               ("paging", "poison", "geometry"), "", ((1, 4100), (3, 2200), (1, 127), (2, 6401)), heads=32, page_size=128, shared_pages=8),
     IndexCase("decode-long", "65,537 keys whose scores share their leading bits: no candidate may be lost to a buffer.",
@@ -53,7 +53,7 @@ INDEX_OPTIONS = (
     IndexCase("prefill-pow2", "Scales that are powers of two, as V3.2 quantises.", ("scale",), HEADLINE, ((16, 6000),), power_of_two_scales=True),
     IndexCase("prefill-codes", "Every code of the operand format: +-448, subnormals, -0.0; e4m3 read as another float8 shows.", ("range",), HEADLINE,
               ((16, 4500),), content="codes", options=SCORES),
-    IndexCase("prefill-plateau", "Every dot product is negative, so every score is +0.0 or -0.0: thousands of exact ties.",
+    IndexCase("prefill-plateau", "Dot products that relu cuts to 0 and scales that are 0: every score is +0.0 or -0.0, thousands of exact ties.",
               ("ties", "exactness"), HEADLINE, ((8, 4097), (6, 6)), content="plateau"),
     IndexCase("prefill-range", "key_start and key_end per row: beyond both ends, across the causal boundary, empty, reversed.",
               ("key-range", "short-row"), HEADLINE, ((24, 5000), (16, 300)), ranges=True, padding_rows=2),
@@ -95,6 +95,22 @@ ATTEND_TEMPLATES = (
     AttendCase("prefill-onehot", "One key per head outweighs all others: the output is its value bit for bit.",
                ("exactness", "rope-part"), "", ((5, 3000), (2, 1)), heads=64, logits="onehot"),
 )
+# One of each set is enough for a claim, so every head count meets every way to store keys.
+INDEX_GRID = tuple(
+    IndexCase(f"{phase}-h{heads}-page{page_size}", f"{heads} heads over pages of {page_size}.", ("paging", "causal-offset", "poison"), "", requests,
+              heads=heads, page_size=page_size, shared_pages=2)
+    for phase, requests in (("decode", ((3, 4100), (1, 2300), (1, 90))), ("prefill", ((9, 4100), (5, 2300), (6, 90))))
+    for heads, page_size in ((64, 128), (32, 64))
+)
+ATTEND_GRID = tuple(
+    AttendCase(f"{phase}-h{heads}-{f'page{page_size}' if page_size else 'flat'}", f"{heads} heads over {f'pages of {page_size}' if page_size else 'flat keys'}, hot logits.",
+               ("paging" if page_size else "ragged", "logits", "invalid-indices"), "", requests, heads=heads, page_size=page_size, shared_pages=2 if page_size else 0, logits="hot")
+    for phase, requests, grid in (
+        ("decode", ((2, 2900), (1, 2100), (1, 70)), ((128, None), (128, 128), (64, None), (64, 64), (16, 64), (16, 128))),
+        ("prefill", ((5, 2900), (1, 2100), (1, 70)), ((128, 64), (128, 128), (64, 128), (16, 64), (16, 128))),
+    )
+    for heads, page_size in grid
+)
 ATTEND_LSE = (
     AttendCase("prefill-lse", "Natural-logarithm lse over flat keys, short and padding rows at -inf.", ("lse", "short-row"), "",
                ((5, 6000), (2, 0), (2, 7)), heads=64, padding_rows=1, logits="peaked", options=LSE),
@@ -128,7 +144,7 @@ def named(case: IndexCase | AttendCase, label: str = "") -> IndexCase | AttendCa
 
 def _index() -> Iterable[Case]:
     for format in INDEX_FORMATS:
-        for case in (*INDEX_TEMPLATES, *INDEX_SCORES):
+        for case in (*INDEX_TEMPLATES, *INDEX_GRID, *INDEX_SCORES):
             yield named(case, format)
         if format.split("/")[1] != "bf16":
             yield named(INDEX_CANCEL, format)
@@ -137,7 +153,7 @@ def _index() -> Iterable[Case]:
 
 def _attend() -> Iterable[Case]:
     for format in ATTEND_FORMATS:
-        for case in (*ATTEND_TEMPLATES, *ATTEND_LSE):
+        for case in (*ATTEND_TEMPLATES, *ATTEND_GRID, *ATTEND_LSE):
             yield named(case, format)
     yield from map(named, ATTEND_OPTIONS)
 

@@ -74,9 +74,20 @@ class IndexCase(SingleCall):
             # Row 0 carries a NaN itself; position 1 of the last request is a NaN key that only its own rows see.
             weights[0, 0] = np.nan
             scales[-1][1] = np.nan
+        batch = self._batch(storage, name, rows)
+        if self.ranges:
+            self._poison_unseen(batch, keys, scales, scale)
         arrays = {"q": values.cast(q, LONG[operand]), "weights": values.cast(weights, LONG[weight])}
         arrays |= self._stored(storage, keys, scales, operand, scale)
-        return Call("lightning_index", arrays, self._batch(storage, name, rows), self._options(), self._batch_options())
+        return Call("lightning_index", arrays, batch, self._options(), self._batch_options())
+
+    def _poison_unseen(self, batch: dict[str, Array], keys: list[Array], scales: list[Array], scale: str) -> None:
+        """NaN in the keys of a request that no row's range covers."""
+        for r, (length, first) in enumerate(zip(batch["seqlens_k"], batch["cu_seqlens_q"], strict=False)):
+            seen = np.zeros(length, bool)
+            for row in range(first, batch["cu_seqlens_q"][r + 1]):
+                seen[max(0, batch["key_start"][row]) : max(0, batch["key_end"][row])] = True
+            (keys if scale == "-" else scales)[r][~seen] = np.nan
 
     def _queries(self, name: str, rows: int, operand: str) -> tuple[Array, Array]:
         shape = (rows, self.heads, self.head_dim)
@@ -112,7 +123,10 @@ class IndexCase(SingleCall):
             elif self.content == "cancel":
                 key = values.integers(label, shape, -1, 1).astype(np.float64)
             elif self.content == "plateau":
+                # Every other key gets a score of either sign, which a scale of 0 then makes +0.0 or -0.0.
                 key = -values.integers(label, shape, 0, 2).astype(np.float64)
+                if scale != "-":
+                    key[::2] = values.integers(f"{label}/mixed", key[::2].shape, -2, 2)
             elif self.content == "codes":
                 key = values.float8_codes(label, shape)
             elif self.content == "clustered":
@@ -125,6 +139,8 @@ class IndexCase(SingleCall):
             if scale == "-" or self.exact:
                 # Powers of two that vary from key to key, so that a scale read from the neighbour shows in exact cases too.
                 factor = 2.0 ** values.integers(f"{label}/scale", (lk,), -1, 1) if self.content == "lattice" else np.ones(lk)
+                if self.content == "plateau":
+                    factor[::2] = 0 if scale != "-" else 1
             else:
                 factor = values.scales(f"{label}/scale", (lk,), self.power_of_two_scales).astype(np.float64)
                 if self.content == "clustered":

@@ -69,8 +69,9 @@ class RelationCase:
     def steps(self, seed: str = "") -> Steps:
         """The first call, then those that the relation makes of it."""
         first = replace(self.base, id=self.id).build(seed)
-        for call in (first, *RELATIONS[self.relation].calls(first)):
-            yield call  # noqa: UP028 - results are sent in, which `yield from` would pass on to the tuple
+        # No `yield from`: it would pass on to the tuple the results that are sent in.
+        for call in (first, *RELATIONS[self.relation].calls(first)):  # noqa: UP028
+            yield call
 
     def disagreement(self, calls: Sequence[Call], outputs: Sequence[Outputs]) -> str:
         """What differs where bits must be equal; the empty string where nothing does."""

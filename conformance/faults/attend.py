@@ -1,6 +1,8 @@
 """Every planted fault of sparse_attend, and what no observation can separate from a right answer.
 
-Codes A1-A32 are those of the fault list in the issue of this suite (A6 is the caller's); the others stand for further public bugs.
+Codes A1-A32 are those of the fault list in the issue of this suite (A6 is the caller's); the others stand for further bugs.
+`rule` is the rule of docs/judging.md that a profile of float32 throughout sees broken first: `bound` (4.1), `rms` (4.2), `bias`
+(4.3), `lse` (4.4), `empty row` (2) or `exact` (5). A fault without `killed_by` needs an input that no listed case has yet.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from dsa_portable.conformance.cases.attend import V32_SCALE
 from dsa_portable.conformance.cases.call import Call
 from dsa_portable.conformance.emulator import rounded
 from dsa_portable.conformance.faults import numerics
@@ -107,6 +110,16 @@ class ScaleOff(SparseAttend):
         return super().logits(q, kv, softmax_scale * 1.005)
 
 
+class ScaleHardCoded(SparseAttend):
+    """The scale is that of DeepSeek-V3.2, whatever the model."""
+
+    code, title = "A77", "softmax_scale of DeepSeek-V3.2 whatever is passed"
+
+    def logits(self, q: Array, kv: Array, softmax_scale: float) -> Array:
+        """192^-0.5 * (0.1 ln 40 + 1)^2."""
+        return super().logits(q, kv, V32_SCALE)
+
+
 class RopePartDropped(SparseAttend):
     """The rotated dimensions do not enter the logits."""
 
@@ -171,22 +184,31 @@ class AccumulatorBfloat16(SparseAttend):
     """The output is accumulated in bfloat16 from tile to tile."""
 
     code, title = "A13", "output accumulated in bfloat16"
-    killed_by, rule = "attend-bf16-prefill-flat", "rms"
+    killed_by, rule = "attend-bf16-prefill-heads16", "rms"
+    dtype = "bfloat16"
 
     def weigh(self, p: Array, values: Array) -> Array:
         """Rounded after every tile."""
         total = np.zeros((len(p), values.shape[1]), np.float32)
         for first in range(0, len(values), TILE):
             tile = slice(first, first + TILE)
-            total = rounded(total + super().weigh(p[:, tile], values[tile]), "bfloat16")
+            total = rounded(total + super().weigh(p[:, tile], values[tile]), self.dtype)
         return total
+
+
+class AccumulatorFloat16(AccumulatorBfloat16):
+    """The output is accumulated in float16 from tile to tile."""
+
+    code, title, stands_for = "A76", "output accumulated in float16", "FlagGems sparse_mla"
+    killed_by, rule = "attend-f16-prefill-heads16", "rms"
+    dtype = "float16"
 
 
 class ProbabilitiesFloat8(SparseAttend):
     """Probabilities are rounded to float8 where 16 bits are declared."""
 
     code, title = "A14", "probabilities in float8"
-    killed_by, rule = "attend-bf16-prefill-flat", "rms"
+    killed_by, rule = "attend-bf16-prefill-flat", "bound"
 
     def probabilities(self, shares: Array) -> Array:
         """As e4m3."""
@@ -197,7 +219,7 @@ class TruncatingStore(SparseAttend):
     """The output is cut, not rounded."""
 
     code, title = "A29", "output truncated instead of rounded"
-    killed_by, rule = "attend-bf16-prefill-flat", "bias"
+    killed_by, rule = "attend-bf16-prefill-heads16", "bias"
 
     def store(self, out: Array, dtype: np.dtype[Any]) -> Array:
         """One unit nearer to zero wherever rounding went away from it."""
@@ -210,18 +232,29 @@ class LastBlockDropped(SparseAttend):
     """The loop over blocks of entries ends one early."""
 
     code, title = "A8", "last block of entries dropped"
-    killed_by, rule = "attend-bf16-prefill-flat", "rms"
+    killed_by, rule = "attend-bf16-prefill-flat", "bound"
 
     def entries(self, call: Call, row: int) -> Array:
         """64 fewer."""
         return super().entries(call, row)[:-TILE]
 
 
+class TailEntriesDropped(SparseAttend):
+    """topk is rounded down to whole blocks of 64 entries."""
+
+    code, title, stands_for = "A73", "entries behind the last whole block dropped", "FlashMLA takes multiples of 64 alone"
+
+    def row(self, call: Call, request: int, row: int) -> tuple[Array, Array]:
+        """Whole blocks."""
+        indices = call.arrays["indices"]
+        return super().row(with_arrays(call, indices=indices[:, : indices.shape[1] // TILE * TILE]), request, row)
+
+
 class LastTokenDropped(SparseAttend):
     """The last key of a row is not attended."""
 
     code, title = "A9", "last token dropped"
-    killed_by, rule = "attend-bf16-prefill-flat", "rms"
+    killed_by, rule = "attend-bf16-prefill-flat", "bound"
 
     def valid(self, entries: Array, length: int) -> Array:
         """One fewer."""
@@ -232,7 +265,7 @@ class SplitMissing(SparseAttend):
     """The splits are merged before the last one has been written, as in a race."""
 
     code, title = "A32", "last split missing from the merge"
-    killed_by, rule = "attend-bf16-prefill-flat", "rms"
+    killed_by, rule = "attend-bf16-prefill-flat", "bound"
 
     def valid(self, entries: Array, length: int) -> Array:
         """Without the last of eight parts."""
@@ -278,7 +311,7 @@ class HoleIsLast(SparseAttend):
     """-1 names the last key, as in Python."""
 
     code, title, stands_for = "A3", "-1 read as the last key", "cudnn-frontend#298"
-    killed_by, rule = "attend-bf16-prefill-flat", "rms"
+    killed_by, rule = "attend-bf16-prefill-flat", "bound"
 
     def valid(self, entries: Array, length: int) -> Array:
         """-1 is length - 1."""
@@ -289,7 +322,7 @@ class HoleIsFirst(SparseAttend):
     """-1 names key 0."""
 
     code, title, stands_for = "A4", "-1 read as key 0", "cudnn-frontend#298"
-    killed_by, rule = "attend-bf16-prefill-flat", "rms"
+    killed_by, rule = "attend-bf16-prefill-flat", "bound"
 
     def valid(self, entries: Array, length: int) -> Array:
         """-1 is 0."""
@@ -311,7 +344,7 @@ class OthersClamped(SparseAttend):
     """Only -1 is skipped; every other index is clamped into the request."""
 
     code, title, stands_for = "A38", "only -1 skipped, other invalid indices clamped", "FlashMLA decode skips -1 alone"
-    killed_by, rule = "attend-bf16-prefill-flat", "rms"
+    killed_by, rule = "attend-bf16-prefill-flat", "bound"
 
     def valid(self, entries: Array, length: int) -> Array:
         """To the nearest end."""
@@ -366,7 +399,7 @@ class CausalAgain(SparseAttend):
     """A causal mask removes selected keys behind the row's own position."""
 
     code, title, stands_for = "A43", "causal mask added again", "npu_sparse_flash_attention, sparse_mode 3"
-    killed_by, rule = "attend-bf16-prefill-flat", "rms"
+    killed_by, rule = "attend-bf16-prefill-flat", "bound"
 
     def row(self, call: Call, request: int, row: int) -> tuple[Array, Array]:
         """As if the request ended at the row."""
@@ -389,13 +422,27 @@ class CausalTopLeft(SparseAttend):
 class ThresholdEntries(SparseAttend):
     """Only as many leading entries are read as the row sees keys."""
 
-    code, title, stands_for = "A45", "entries past the number of visible keys not read", "npu_sparse_flash_attention, sparse_mode 3"
+    code, title, stands_for = "A45", "entries past the count of visible keys not read", "npu_sparse_flash_attention"
     killed_by, rule = "attend-bf16-prefill-flat", "bound"
 
     def row(self, call: Call, request: int, row: int) -> tuple[Array, Array]:
         """The first Lk - Lq + i + 1."""
         seen = self.length(call, request) - (self.rows_of(call, request).stop - row) + 1
         return super().row(with_arrays(call, indices=call.arrays["indices"][:, : max(0, seen)]), request, row)
+
+
+class RangesApplied(SparseAttend):
+    """The batch's key ranges, which are for the index, mask what was selected."""
+
+    code, title = "A75", "key_start and key_end applied to the selected keys"
+
+    def row(self, call: Call, request: int, row: int) -> tuple[Array, Array]:
+        """Without entries outside them."""
+        if "key_start" in call.batch:
+            indices = call.arrays["indices"]
+            inside = (indices >= call.batch["key_start"][row]) & (indices < call.batch["key_end"][row])
+            call = with_arrays(call, indices=np.where(inside, indices, -1))
+        return super().row(call, request, row)
 
 
 class LengthIgnored(SparseAttend):
@@ -406,7 +453,7 @@ class LengthIgnored(SparseAttend):
 
     def entries(self, call: Call, row: int) -> Array:
         """All of them."""
-        return call.arrays["indices"][row].astype(np.int64)
+        return np.asarray(call.arrays["indices"][row].astype(np.int64))
 
 
 class LengthPerRequest(SparseAttend):
@@ -665,7 +712,7 @@ class ScaleBfloat16(SparseAttend):
     """Tile scales are rounded to bfloat16."""
 
     code, title, stands_for = "A56", "tile scales in bfloat16", "FlashMLA on SM90"
-    killed_by, rule = "attend-v32_fp8_656_nsr_f32-prefill-paged64", "rms"
+    killed_by, rule = "attend-v32_fp8_656_nsr_f32-prefill-paged64", "bound"
 
     def tile_scales(self, scale: Array) -> Array:
         """Rounded."""
@@ -694,6 +741,20 @@ class NrsAsNsr(NsrAsNrs):
     code, title, stands_for = "A58", "656-byte cache read in the other order (nrs as nsr)", "Ascend's cache by FlashMLA"
     killed_by, rule = "attend-ascend_656_nrs_int8-prefill-flat", "bound"
     order = "nrs"
+
+
+class SubnormalsFlushed(SparseAttend):
+    """Subnormal float8 values are decoded as 0."""
+
+    code, title, stands_for = "A78", "e4m3 subnormals of the cache decoded as 0", "decoders in software"
+
+    def parts(self, name: str, kv: Array) -> Unpacked:
+        """0 below 2^-6."""
+        found = super().parts(name, kv)
+        if found.values.dtype != ml_dtypes.float8_e4m3fn:
+            return found
+        bits = found.values.view(np.uint8)
+        return found._replace(values=np.where(bits & 0x78, bits, bits & 0x80).view(ml_dtypes.float8_e4m3fn))
 
 
 class Fnuz(SparseAttend):
@@ -759,6 +820,31 @@ class PageSizeAssumed(Unchecked):
         return super().places(replace(call, batch_options={**call.batch_options, "page_size": size}), request, positions)
 
 
+class PageSizeShifted(Unchecked):
+    """Page and slot are found by shift and mask, as if the page size were a power of two."""
+
+    code, title = "A74", "page size rounded down to a power of two"
+
+    def places(self, call: Call, request: int, positions: Array) -> Array:
+        """By the bits of a position."""
+        size = int(call.batch_options["page_size"] or 1)
+        shift = size.bit_length() - 1
+        return super().places(call, request, (positions >> shift) * size + (positions & ((1 << shift) - 1)))
+
+
+class TableStrideAssumed(Unchecked):
+    """The block table's rows are taken to be as long as the longest request needs, where they are longer."""
+
+    code, title = "A79", "row stride of the block table assumed"
+    killed_by, rule = "attend-bf16-decode-paged64", "bound"
+
+    def page(self, call: Call, request: int, page: Array) -> Array:
+        """From the flattened table."""
+        width = -(-int(call.batch["seqlens_k"].max()) // int(call.batch_options["page_size"]))
+        table = call.batch["block_table"].reshape(1, -1)
+        return super().page(replace(call, batch={**call.batch, "block_table": table}), 0, request * width + page)
+
+
 class FirstSlotOfPage(SparseAttend):
     """Every key of a page is read from the page's first slot."""
 
@@ -771,7 +857,7 @@ class FirstSlotOfPage(SparseAttend):
         return super().places(call, request, positions // size * size)
 
 
-class IndexAsSlot(Unchecked):
+class IndexAsSlot(SparseAttend):
     """An index is taken as a physical slot, and the block table is not asked."""
 
     code, title, stands_for = "A64", "index taken as a physical slot", "FlashMLA decode, SGLang"
@@ -923,17 +1009,17 @@ class PaddingAttended(SparseAttend):
 
 # fmt: off
 ATTEND_FAULTS: tuple[type[SparseAttend], ...] = (
-    ScaleDropped, ScaleOfValues, ScaleDefault, ScaleOff, RopePartDropped, LogitsFloat16, BaseTwo, NoMaximum,
-    NoRescale, AccumulatorBfloat16, ProbabilitiesFloat8, TruncatingStore, LastBlockDropped, LastTokenDropped, SplitMissing,
-    MergeBaseTwo, LeadingTileNaN,
+    ScaleDropped, ScaleOfValues, ScaleDefault, ScaleHardCoded, ScaleOff, RopePartDropped, LogitsFloat16, BaseTwo, NoMaximum,
+    NoRescale, AccumulatorBfloat16, AccumulatorFloat16, ProbabilitiesFloat8, TruncatingStore,
+    LastBlockDropped, TailEntriesDropped, LastTokenDropped, SplitMissing, MergeBaseTwo, LeadingTileNaN,
     HoleIsLast, HoleIsFirst, OthersWrap, OthersClamped, UpperBoundUnchecked, FirstHoleEnds, RepeatedOnce, IndicesIgnored,
-    CausalAgain, CausalTopLeft, ThresholdEntries, LengthIgnored, LengthPerRequest, MaskedMultiplied,
+    CausalAgain, CausalTopLeft, ThresholdEntries, RangesApplied, LengthIgnored, LengthPerRequest, MaskedMultiplied,
     EmptyRowNaN, EmptyRowMean, EmptyRowPlusInfinity,
     SinkIgnored, SinkBaseTwo, SinkPerSplit, SinkNotShifted, SinkInMaximum, SinkOverflows, SinkBfloat16,
     LseBaseTwo, LseWithSink, LseWithoutMaximum, LseBfloat16, LseIsMaximum, LseTransposed,
-    ValuesOffset, FirstTileScale, ScalePowerOfTwo, ScaleBfloat16, NsrAsNrs, NrsAsNsr, Fnuz,
-    StalePage, TableIgnored, NeighbourTable, PageSizeAssumed, FirstSlotOfPage, IndexAsSlot, IndexAsFlatRow, OffsetWraps,
-    PageRounded, LengthFromOffsets, LongestForAll,
+    ValuesOffset, FirstTileScale, ScalePowerOfTwo, ScaleBfloat16, NsrAsNrs, NrsAsNsr, SubnormalsFlushed, Fnuz,
+    StalePage, TableIgnored, NeighbourTable, PageSizeAssumed, PageSizeShifted, TableStrideAssumed, FirstSlotOfPage,
+    IndexAsSlot, IndexAsFlatRow, OffsetWraps, PageRounded, LengthFromOffsets, LongestForAll,
     HeadsSwapped, HeadsRepeated, LastRowZero, FirstRowsEntries, RowsUniform, PaddingAttended,
     *numerics.ATTEND_FAULTS,
 )

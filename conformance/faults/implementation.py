@@ -21,8 +21,8 @@ Array: TypeAlias = np.ndarray[Any, Any]
 class Kernel:
     """What both operators share: requests, rows and where a position lies in memory."""
 
-    # What a planted fault says of itself: its number, a diagnosis in a few words, the public bug (repository#number) it stands for,
-    # the case that kills it, and the rule of docs/judging.md that it breaks there.
+    # What a planted fault says of itself: its number, a diagnosis in a few words, the public bug (repository#number) it stands
+    # for, the case that kills it, and the rule of docs/judging.md that it breaks there.
     code = ""
     title = ""
     stands_for = ""

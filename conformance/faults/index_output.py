@@ -52,7 +52,7 @@ class OneTwice(LightningIndex):
 class OrderOfScores(LightningIndex):
     """Positions come in order of score, where ascending ones are asked for."""
 
-    code, title = "I74", "positions in order of score"
+    code, title, stands_for = "I74", "positions in order of score", "aiter#4415"
 
     def order(self, chosen: Array) -> Array:
         """As selected."""

@@ -187,6 +187,21 @@ class TieRuleFlips(TiesToHighest):
         return super().run(call)
 
 
+class TiesByTile(TiesToHighest):
+    """Rows behind the first eight of a request are computed in a tile that breaks ties the other way."""
+
+    code, title, stands_for = "I91", "ties depend on the tile of query rows", "vllm-ascend#15053"
+
+    def row(self, call: Call, request: int, row: int) -> tuple[Array, Array]:
+        """Which tile it is, remembered for the selection."""
+        self.late = row - self.rows_of(call, request).start >= 8
+        return super().row(call, request, row)
+
+    def select(self, scores: Array, topk: int) -> Array:
+        """The highest in later tiles."""
+        return super().select(scores, topk) if self.late else LightningIndex.select(self, scores, topk)
+
+
 class LastTileDropped(LightningIndex):
     """The keys behind the last full tile of 128 are never scored."""
 
@@ -263,6 +278,7 @@ FAULTS: tuple[type[LightningIndex], ...] = (
     NegativeZeroLower,
     TiesToHighest,
     TieRuleFlips,
+    TiesByTile,
     LastTileDropped,
     SixteenBitPositions,
     NaNSpoilsTile,

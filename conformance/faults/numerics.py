@@ -83,6 +83,9 @@ class WeightsBfloat16(LightningIndex):
 class KVBfloat16(SparseAttend):
     """Keys and values are rounded to bfloat16 where float32 is declared."""
 
+    code, title = "A80", "keys and values in bfloat16 where float32 is declared"
+    killed_by, rule = "attend-f32-prefill-flat", "rms"
+
     def kv(self, kv: Array) -> Array:
         """As bfloat16."""
         return rounded(kv, "bfloat16")
@@ -91,6 +94,9 @@ class KVBfloat16(SparseAttend):
 class ProbabilitiesBfloat16(SparseAttend):
     """Probabilities are rounded to bfloat16 where float32 is declared."""
 
+    code, title = "A81", "probabilities in bfloat16 where float32 is declared"
+    killed_by, rule = "attend-f32-prefill-flat", "rms"
+
     def probabilities(self, shares: Array) -> Array:
         """As bfloat16."""
         return rounded(shares, "bfloat16")
@@ -98,6 +104,9 @@ class ProbabilitiesBfloat16(SparseAttend):
 
 class BothBfloat16(KVBfloat16, ProbabilitiesBfloat16):
     """Keys, values and probabilities are all rounded to bfloat16 where float32 is declared."""
+
+    code, title = "A82", "keys, values and probabilities in bfloat16 where float32 is declared"
+    killed_by, rule = "attend-f32-prefill-flat", "rms"
 
 
 INDEX_FAULTS = (HeadDropped, DimensionDropped, ScalePowerOfTwo, HeadSumBfloat16, WeightsBfloat16)

@@ -1,0 +1,344 @@
+"""What earns a level and what costs it: hand-made rows of one claim each, then the core list's own features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from dsa_portable.backends.cpu import BACKEND as CPU
+from dsa_portable.capability import ANY, FEATURES, YES, Capabilities
+from dsa_portable.conformance import claims, lists
+from dsa_portable.conformance.cases.call import drive
+from dsa_portable.conformance.cases.catalogue import CASES, LISTS
+from dsa_portable.conformance.report.schema import NOT_GRANTED_WITH, CaseResult, Claim, Evidence, ProfileEntry, Status
+
+INDEX = ("lightning_index", "e4m3/f32/f32", "decode")
+ATTEND = ("sparse_attend", "bf16", "prefill")
+CORE = lists.FrozenList("core-2026.11", "core", {}, "c" * 64)
+Key = tuple[str, str, str]
+Used = Mapping[str, Any]
+
+# A small list: every required feature in some case, one of each set of alternatives, and one case per optional feature tried.
+FLAT_INDEX = {"format": INDEX[1], "heads": 64, "head_dim": 128, "topk": 2048, "flat": True, "ragged": True}
+PAGED_INDEX = {name: value for name, value in FLAT_INDEX.items() if name != "flat"} | {"page_size": 64}
+INDEX_LIST: dict[str, Used] = {
+    "flat": FLAT_INDEX,
+    "flat, 32 heads": FLAT_INDEX | {"heads": 32},
+    "paged 64": PAGED_INDEX,
+    "paged 128": PAGED_INDEX | {"page_size": 128, "heads": 32},
+    "unsorted": FLAT_INDEX | {"unsorted": True},
+    "scores": FLAT_INDEX | {"return_scores": True},
+    "topk 512": FLAT_INDEX | {"topk": 512},
+    "pages of 16": PAGED_INDEX | {"page_size": 16},
+}
+FLAT_ATTEND = {"format": ATTEND[1], "heads": 128, "dims": "576/512", "topk": 2048, "flat": True, "ragged": True}
+PAGED_ATTEND = {name: value for name, value in FLAT_ATTEND.items() if name != "flat"} | {"page_size": 64}
+ATTEND_LIST: dict[str, Used] = {
+    "flat": FLAT_ATTEND,
+    "flat, 64 heads": FLAT_ATTEND | {"heads": 64},
+    "flat, 16 heads": FLAT_ATTEND | {"heads": 16},
+    "paged 64": PAGED_ATTEND,
+    "paged 128": PAGED_ATTEND | {"page_size": 128, "heads": 64},
+    "paged 128, 16 heads": PAGED_ATTEND | {"page_size": 128, "heads": 16},
+    "lse": FLAT_ATTEND | {"return_lse": True},
+    "sink": FLAT_ATTEND | {"attn_sink": True},
+}
+LIST = {INDEX: INDEX_LIST, ATTEND: ATTEND_LIST}
+EVERYTHING: Capabilities = {operator: {feature.name: ANY for feature in FEATURES[operator]} for operator in FEATURES}
+REQUIRED = [(key, f.name) for key in LIST for f in FEATURES[key[0]] if f.required]
+OPTIONAL = [(key, f.name) for key in LIST for f in FEATURES[key[0]] if not f.required and f.name != "format"]
+
+
+class OfOneOperator:
+    """All that `claims.required` asks of a case that is no pipeline."""
+
+    def __init__(self, operator: str) -> None:
+        self.operator = operator
+
+
+def without(key: Key, feature: str) -> Capabilities:
+    return {key[0]: {name: values for name, values in EVERYTHING[key[0]].items() if name != feature}}
+
+
+def with_values(key: Key, **features: tuple[Any, ...]) -> Capabilities:
+    return {key[0]: {**EVERYTHING[key[0]], **features}}
+
+
+def row(key: Key, name: str, used: Used, capabilities: Capabilities, **changes: Any) -> CaseResult:
+    """PASS where everything in use is declared, else UNSUPPORTED."""
+    offered = all(value in capabilities.get(key[0], {}).get(name, ()) for name, value in used.items())
+    status = changes.get("status", Status.PASS if offered else Status.UNSUPPORTED)
+    fields: dict[str, Any] = {
+        "id": f"{key[0]} {name}",
+        "operator": key[0],
+        "format": key[1],
+        "phase": key[2],
+        "claim_required": claims.required(OfOneOperator(key[0]), used, capabilities),  # type: ignore[arg-type]
+        "hazards": [],
+        "why": "A hazard.",
+        "status": status,
+        "reason": "" if status is Status.PASS else f"because {status}",
+        "metrics": {},
+        "selective_rows": 4 if key is INDEX else None,
+        "vacuous_rows": 1 if key is INDEX else None,
+        "seconds": 0.1,
+        "inputs_sha256": "a" * 64,
+        "outputs_sha256": None,
+        "artefact": None,
+        "reproducer": "dsa-portable conformance",
+    }
+    return CaseResult(**(fields | changes))
+
+
+def claim(
+    key: Key,
+    capabilities: Capabilities = EVERYTHING,
+    *,
+    evidence: Evidence = Evidence.HARDWARE,
+    frozen: lists.FrozenList = CORE,
+    envelope: str | None = "exact",
+    without_cases: tuple[str, ...] = (),
+    **changes: dict[str, Any],
+) -> Claim:
+    """The one claim of a run; `changes` are fields of rows by case, spaces and commas as underscores."""
+    rows, used = [], {}
+    for id, features in LIST[key].items():
+        if id not in without_cases:
+            rows.append(row(key, id, features, capabilities, **changes.get(id.replace(",", "").replace(" ", "_"), {})))
+            used[rows[-1].id] = features
+    profile = ProfileEntry(operator=key[0], format=key[1], phase=key[2], envelope=envelope, profile={})
+    (found,) = claims.claims(rows, used, capabilities, [profile], evidence, frozen)
+    return found
+
+
+# --- granted, and not ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", LIST)
+@pytest.mark.parametrize("envelope", ["exact", "reduced", "bf16-logits"])
+def test_everything_holds(key: Key, envelope: str) -> None:
+    found = claim(key, envelope=envelope)
+    assert (found.level, found.reason, found.envelope) == (f"core-2026.11 {envelope}", "", envelope)
+    assert found.counts[Status.PASS] == len(LIST[key])
+
+
+@pytest.mark.parametrize(("key", "feature"), REQUIRED, ids=str)
+def test_a_required_feature_that_is_missing_is_named(key: Key, feature: str) -> None:
+    found = claim(key, without(key, feature))
+    assert (found.level, found.reason) == (None, f"required feature '{feature}' is not declared")
+
+
+@pytest.mark.parametrize(("key", "feature"), OPTIONAL, ids=str)
+def test_an_optional_feature_may_be_missing(key: Key, feature: str) -> None:
+    found = claim(key, without(key, feature))
+    assert (found.level, found.reason) == ("core-2026.11 exact", "")
+
+
+def test_optional_features_that_are_missing_leave_cases_unsupported() -> None:
+    assert claim(INDEX, without(INDEX, "return_scores")).counts[Status.UNSUPPORTED] == 1
+    assert claim(ATTEND, without(ATTEND, "attn_sink")).counts[Status.UNSUPPORTED] == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "features"),
+    [
+        (INDEX, {"heads": (64,)}),
+        (INDEX, {"heads": (32,)}),
+        (INDEX, {"heads": (32, 8)}),
+        (INDEX, {"heads": (32,), "page_size": (128,)}),
+        (INDEX, {"topk": (2048,), "page_size": (64,)}),
+        (ATTEND, {"heads": (16,)}),
+        (ATTEND, {"heads": (16,), "page_size": (128,)}),
+        (ATTEND, {"heads": (64,), "page_size": (128,)}),
+        (ATTEND, {"heads": (128,), "page_size": (64,)}),
+    ],
+)
+def test_one_of_each_set_is_enough(key: Key, features: dict[str, tuple[Any, ...]]) -> None:
+    found = claim(key, with_values(key, **features))
+    assert (found.level, found.reason) == ("core-2026.11 exact", "")
+    assert found.counts[Status.UNSUPPORTED] > 0
+
+
+@pytest.mark.parametrize(
+    ("key", "features", "reason"),
+    [
+        (INDEX, {"heads": (16,)}, "required feature 'heads' is not declared"),
+        (INDEX, {"head_dim": (64,)}, "required feature 'head_dim' is not declared"),
+        (INDEX, {"topk": (512, 1024)}, "required feature 'topk' is not declared"),
+        (INDEX, {"page_size": (16, 256)}, "required feature 'page_size' is not declared"),
+        (ATTEND, {"heads": (8,)}, "required feature 'heads' is not declared"),
+        (ATTEND, {"dims": ("512/512",)}, "required feature 'dims' is not declared"),
+        (INDEX, {"heads": (64,), "page_size": (128,)}, "no case of required feature 'page_size' passed"),
+    ],
+)
+def test_other_values_than_the_set_has_are_not(key: Key, features: dict[str, tuple[Any, ...]], reason: str) -> None:
+    found = claim(key, with_values(key, **features))
+    assert (found.level, found.reason) == (None, reason)
+
+
+@pytest.mark.parametrize("status", NOT_GRANTED_WITH)
+@pytest.mark.parametrize("case", ["flat", "scores"])
+def test_one_case_is_enough_to_lose_a_level(status: Status, case: str) -> None:
+    """A declared optional case counts as much as a required one."""
+    found = claim(INDEX, **{case: {"status": status}})
+    assert (found.level, found.reason) == (None, f"1 {status} of {len(INDEX_LIST)} cases")
+
+
+def test_what_was_lost_is_counted() -> None:
+    found = claim(INDEX, flat={"status": Status.FAIL}, scores={"status": Status.FAIL}, unsorted={"status": Status.NOT_RUN})
+    assert found.reason == f"2 FAIL, 1 NOT_RUN of {len(INDEX_LIST)} cases"
+
+
+def test_a_required_case_that_is_not_supported() -> None:
+    """As when a profile's finite range ends below what a case needs: no feature is missing, and still nothing is shown."""
+    found = claim(INDEX, flat={"status": Status.UNSUPPORTED})
+    assert (found.level, found.reason) == (None, "required case lightning_index flat is not supported")
+    assert claim(INDEX, scores={"status": Status.UNSUPPORTED}).level == "core-2026.11 exact"
+
+
+def test_nothing_is_proven_about_selection_without_a_selective_row() -> None:
+    none = {id.replace(",", "").replace(" ", "_"): {"selective_rows": 0} for id in INDEX_LIST}
+    found = claim(INDEX, **none)
+    assert found.reason == "no passed case has a selective row, so nothing is proven about selection"
+    assert found.level is None
+    assert claim(INDEX, **(none | {"scores": {"selective_rows": 1}})).level == "core-2026.11 exact"
+    assert claim(ATTEND).level == "core-2026.11 exact", "attention selects nothing"
+
+
+def test_a_selective_row_of_a_case_that_is_not_supported_proves_nothing() -> None:
+    none = {id.replace(",", "").replace(" ", "_"): {"selective_rows": 0} for id in INDEX_LIST}
+    found = claim(INDEX, without(INDEX, "return_scores"), **(none | {"scores": {"selective_rows": 9}}))
+    assert found.level is None
+
+
+def test_a_feature_that_the_list_has_no_case_of_is_not_asked_for() -> None:
+    paged = tuple(id for id in INDEX_LIST if "page" in id)
+    assert claim(INDEX, without_cases=paged).level == "core-2026.11 exact"
+    found = claim(INDEX, without(INDEX, "page_size"), without_cases=paged)
+    assert found.reason == "required feature 'page_size' is not declared", "but it has to be declared"
+
+
+@pytest.mark.parametrize("evidence", [evidence for evidence in Evidence if evidence is not Evidence.HARDWARE])
+def test_a_level_is_for_hardware_alone(evidence: Evidence) -> None:
+    found = claim(INDEX, evidence=evidence)
+    assert (found.level, found.reason) == (None, f"evidence is {evidence}")
+
+
+def test_a_profile_outside_the_envelopes() -> None:
+    found = claim(INDEX, envelope=None)
+    assert (found.level, found.envelope) == (None, None)
+    assert found.reason == "the declared profile lies in no envelope (exact, reduced, bf16-logits)"
+
+
+@pytest.mark.parametrize("level", LISTS)
+def test_which_lists_grant(level: str) -> None:
+    found = claim(INDEX, frozen=lists.FrozenList(f"{level}-2026.11", level, {}, "c" * 64))
+    if level == "smoke":
+        assert (found.level, found.reason) == (None, "the list smoke-2026.11 grants no level")
+    else:
+        assert found.level == f"{level}-2026.11 exact"
+
+
+def test_a_claim_stands_or_falls_by_its_own_cases() -> None:
+    rows = [row(key, id, used, EVERYTHING) for key in LIST for id, used in LIST[key].items()]
+    used = {f"{key[0]} {id}": features for key in LIST for id, features in LIST[key].items()}
+    rows[0] = row(INDEX, "flat", INDEX_LIST["flat"], EVERYTHING, status=Status.FAIL)
+    profiles = [ProfileEntry(operator=k[0], format=k[1], phase=k[2], envelope="exact", profile={}) for k in (INDEX, ATTEND)]
+    index, attend = claims.claims(rows, used, EVERYTHING, profiles, Evidence.HARDWARE, CORE)
+    assert (index.key, index.level) == (INDEX, None)
+    assert (attend.key, attend.level) == (ATTEND, "core-2026.11 exact")
+    assert sum(index.counts.values()) == len(INDEX_LIST)
+
+
+@pytest.mark.parametrize(
+    ("key", "used", "features", "required"),
+    [
+        (INDEX, FLAT_INDEX, {}, True),
+        (INDEX, FLAT_INDEX, {"heads": (32,)}, False),
+        (INDEX, FLAT_INDEX, {"heads": (16,)}, True),
+        (INDEX, FLAT_INDEX, {"flat": ()}, True),
+        (INDEX, FLAT_INDEX | {"unsorted": True}, {}, False),
+        (INDEX, FLAT_INDEX | {"return_scores": True}, {}, False),
+        (INDEX, FLAT_INDEX | {"heads": 16}, {}, False),
+        (INDEX, FLAT_INDEX | {"topk": 512}, {}, False),
+        (INDEX, PAGED_INDEX | {"page_size": 128}, {"page_size": (64,)}, False),
+        (INDEX, PAGED_INDEX | {"page_size": 256}, {}, False),
+        (INDEX, FLAT_INDEX | {"format": "int8/f16/f16"}, {"format": ()}, True),
+        (ATTEND, FLAT_ATTEND | {"dims": "512/512"}, {}, False),
+        (ATTEND, FLAT_ATTEND | {"out": True}, {}, False),
+    ],
+)
+def test_which_cases_are_required(key: Key, used: Used, features: dict[str, tuple[Any, ...]], required: bool) -> None:
+    assert claims.required(OfOneOperator(key[0]), used, with_values(key, **features)) is required  # type: ignore[arg-type]
+
+
+# --- the core list ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def core() -> dict[str, Used]:
+    """The features of the core cases of one index format and one of attention, end to end among them."""
+    found = {}
+    for id in LISTS["core"]:
+        case = CASES[id]
+        if case.format in (INDEX[1], ATTEND[1]):
+            calls = drive(case.steps(), lambda call: None)
+            found[id] = claims.features_of(case, next(call for call in calls if call.operator == case.operator))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("operators", "features"),
+    [
+        (("lightning_index", "sparse_attend"), {}),
+        (("lightning_index",), {"heads": (32,), "page_size": (128,), "topk": (2048,)}),
+        (("lightning_index",), {"heads": (64,), "page_size": (64,), "topk": (2048,)}),
+        (("sparse_attend",), {}),
+        (("sparse_attend",), {"heads": (16,), "topk": (2048,)}),
+        (("sparse_attend",), {"heads": (64,), "page_size": (128,)}),
+        (("sparse_attend",), {"heads": (128,), "page_size": (64,)}),
+    ],
+)
+def test_the_core_list_can_grant(core: dict[str, Used], operators: tuple[str, ...], features: dict[str, Any]) -> None:
+    """A backend of one operator, one head count, one page size, without any optional feature: it can have its claims."""
+    needed = {o: {f.name: f.required for f in FEATURES[o] if f.required} | {"format": ANY} for o in operators}
+    capabilities: Capabilities = {o: needed[o] | {n: v for n, v in features.items() if n in needed[o]} for o in operators}
+    rows = []
+    for id, used in core.items():
+        case = CASES[id]
+        key = (case.operator, case.format, case.phase)
+        calls = drive(case.steps(), lambda call: None) if id.startswith("end-to-end") else []
+        declared = all(value in capabilities.get(key[0], {}).get(name, ()) for name, value in used.items())
+        status = Status.PASS if declared and claims.undeclared(case, calls, capabilities) is None else Status.UNSUPPORTED
+        changes = {"id": id, "status": status, "claim_required": claims.required(case, used, capabilities)}
+        changes["selective_rows"] = 1 if case.operator == "lightning_index" else None
+        rows.append(row(key, id, used, capabilities, **changes))
+    keys = dict.fromkeys((r.operator, r.format, r.phase) for r in rows if r.operator in operators)
+    profiles = [ProfileEntry(operator=k[0], format=k[1], phase=k[2], envelope="exact", profile={}) for k in keys]
+    for found in claims.claims(rows, core, capabilities, profiles, Evidence.HARDWARE, CORE):
+        assert (found.key, found.reason) == (found.key, "")
+
+
+def test_the_first_feature_that_is_not_declared_is_named() -> None:
+    case = CASES["index-e4m3-f32-f32-decode-out"]
+    calls = drive(case.steps(), lambda call: None)
+    full = CPU.capabilities(None)["lightning_index"]
+    assert claims.undeclared(case, calls, CPU.capabilities(None)) is None
+    feature, value = claims.undeclared(case, calls, {"lightning_index": {**full, "heads": (32,), "out": ()}}) or (None, None)
+    assert (feature and feature.name, value) == ("heads", 64)
+    feature, value = claims.undeclared(case, calls, {"lightning_index": {**full, "out": ()}}) or (None, None)
+    assert (feature and feature.name, value) == ("out", True)
+    feature, value = claims.undeclared(case, calls, {}) or (None, None)
+    assert (feature and feature.name, value) == ("format", "e4m3/f32/f32")
+
+
+def test_what_lies_in_the_data_is_a_feature_too() -> None:
+    case = CASES["attend-bf16-prefill-repeated"]
+    calls = drive(case.steps(), lambda call: None)
+    assert claims.features_of(case, calls[0])["repeated_indices"] is YES[0]
+    full = {name: values for name, values in CPU.capabilities(None)["sparse_attend"].items() if name != "repeated_indices"}
+    feature, _ = claims.undeclared(case, calls, {"sparse_attend": full}) or (None, None)
+    assert feature is not None
+    assert (feature.name, feature.in_call) == ("repeated_indices", False)
