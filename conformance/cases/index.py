@@ -76,18 +76,19 @@ class IndexCase(SingleCall):
             scales[-1][1] = np.nan
         batch = self._batch(storage, name, rows)
         if self.ranges:
-            self._poison_unseen(batch, keys, scales, scale)
+            self._poison_unseen(batch, keys, scales, operand)
         arrays = {"q": values.cast(q, LONG[operand]), "weights": values.cast(weights, LONG[weight])}
         arrays |= self._stored(storage, keys, scales, operand, scale)
         return Call("lightning_index", arrays, batch, self._options(), self._batch_options())
 
-    def _poison_unseen(self, batch: dict[str, Array], keys: list[Array], scales: list[Array], scale: str) -> None:
+    def _poison_unseen(self, batch: dict[str, Array], keys: list[Array], scales: list[Array], operand: str) -> None:
         """NaN in the keys of a request that no row's range covers."""
         for r, (length, first) in enumerate(zip(batch["seqlens_k"], batch["cu_seqlens_q"], strict=False)):
             seen = np.zeros(length, bool)
             for row in range(first, batch["cu_seqlens_q"][r + 1]):
                 seen[max(0, batch["key_start"][row]) : max(0, batch["key_end"][row])] = True
-            (keys if scale == "-" else scales)[r][~seen] = np.nan
+            keys[r][~seen] = 127 if operand == "int8" else np.nan
+            scales[r][~seen] = np.nan
 
     def _queries(self, name: str, rows: int, operand: str) -> tuple[Array, Array]:
         shape = (rows, self.heads, self.head_dim)
