@@ -96,6 +96,8 @@ def _obstacle(
         return f"the declared profile lies in no envelope ({', '.join(ENVELOPES)})"
     if evidence is not Evidence.HARDWARE:
         return f"evidence is {evidence}"
+    if frozen.level == "deterministic" and not (profile.profile["deterministic"] and profile.profile["ties"] == "lowest"):
+        return "the declared profile is not deterministic with ties to the lowest"
     declared = capabilities.get(profile.operator, {})
     passed = [used[row.id] for row in rows if row.status is Status.PASS]
     needed = [feature for feature in FEATURES[profile.operator] if feature.required]

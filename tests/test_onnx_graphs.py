@@ -554,7 +554,7 @@ INTERFACE = {
     ),
     "attend": (
         ["q float32 heads,head_dim", "kv float32 keys,head_dim", "softmax_scale float32 ", "value_dim int64 1"],
-        ["out float32 heads,value_dim", "lse float32 heads"],
+        ["out float32 heads,value_dim", "lse float32 heads", "largest_logit float32 heads", "largest_p float32 heads"],
     ),
     "lightning_index": (
         [

@@ -22,7 +22,7 @@ class Engine:
             scores *= k_scale
         return scores
 
-    def attend(self, q: Float32, kv: Float32, softmax_scale: float, value_dim: int) -> tuple[Float32, Float32]:
+    def attend(self, q: Float32, kv: Float32, softmax_scale: float, value_dim: int) -> tuple[Float32, Float32, Float32]:
         """See settings.Engine."""
         with np.errstate(invalid="ignore", over="ignore"):
             logits = (q * np.float32(softmax_scale)) @ kv.T
@@ -30,4 +30,4 @@ class Engine:
             p = np.exp(logits - top)
             total = p.sum(axis=1, keepdims=True)
             out: Float32 = (p @ kv[:, :value_dim]) / total
-            return out, (top + np.log(total))[:, 0]
+            return out, top[:, 0], total[:, 0]

@@ -35,7 +35,7 @@ class Engine:
         scores: Float32 = session("index_scores").run(["scores"], feeds)[0]
         return scores
 
-    def attend(self, q: Float32, kv: Float32, softmax_scale: float, value_dim: int) -> tuple[Float32, Float32]:
+    def attend(self, q: Float32, kv: Float32, softmax_scale: float, value_dim: int) -> tuple[Float32, Float32, Float32]:
         """See settings.Engine."""
         feeds = {
             "q": q,
@@ -43,5 +43,5 @@ class Engine:
             "softmax_scale": np.array(softmax_scale, np.float32),
             "value_dim": np.array([value_dim], np.int64),
         }
-        out, lse = session("attend").run(["out", "lse"], feeds)
-        return out, lse
+        out, top, largest_p = session("attend").run(["out", "largest_logit", "largest_p"], feeds)
+        return out, top, 1 / largest_p

@@ -33,8 +33,11 @@ class Engine(Protocol):
     def index_scores(self, q: Float32, k: Float32, weights: Float32, k_scale: Float32) -> Float32:
         """scores[t,s] = k_scale[s] * sum_h weights[t,h] * relu(q[t,h,:] . k[s,:]) for q [rows, H, D] and k [keys, D]."""
 
-    def attend(self, q: Float32, kv: Float32, softmax_scale: float, value_dim: int) -> tuple[Float32, Float32]:
-        """(out [Hq, value_dim], lse [Hq]) of q [Hq, Dqk] over all of kv [keys, Dqk], keys >= 1."""
+    def attend(self, q: Float32, kv: Float32, softmax_scale: float, value_dim: int) -> tuple[Float32, Float32, Float32]:
+        """(out [Hq, value_dim], top [Hq], total [Hq]) of q [Hq, Dqk] over all of kv [keys, Dqk], keys >= 1.
+
+        top is the largest logit and total = sum exp(logit - top), so that lse = top + log(total).
+        """
 
 
 def engine_name() -> str:

@@ -27,8 +27,7 @@ def sparse_attend(request: AttendRequest) -> Array | tuple[Array, Array]:
         if request.return_lse:
             arrays[1][row] = lse
 
-    with np.errstate(over="ignore"):
-        settings.run_all(attend, range(request.dims["Tq"]), workers)
+    settings.run_all(attend, range(request.dims["Tq"]), workers)
     return (arrays[0], arrays[1]) if request.return_lse else arrays[0]
 
 
@@ -39,27 +38,37 @@ def _dtype(request: AttendRequest, name: str) -> Any:
 def _row(request: AttendRequest, engine: settings.Engine, row: int, owner: int, memory: int) -> tuple[Array, Array]:
     positions = _valid(request, row, owner)
     heads, width = request.dims["Hq"], request.dims["Dqk"]
-    out = np.zeros((heads, request.value_dim), np.float32)
-    lse = np.full(heads, -np.inf, np.float32)
     if not len(positions):
-        return out, lse
-    q = widen(request.q[row])
-    step = max(64, memory // (8 * (3 * width + 3 * heads)))
-    for first in range(0, len(positions), step):
-        where = places(request.batch, owner, positions[first : first + step])
-        kv = attention_rows(request.kv, request.kv_layout, where)
-        part, part_lse = engine.attend(q, kv, request.softmax_scale, request.value_dim)
-        if first == 0:
-            out, lse = part, part_lse
-            continue
-        total = np.logaddexp(lse, part_lse)
-        out = out * np.exp(lse - total)[:, None] + part * np.exp(part_lse - total)[:, None]
-        lse = total
-    if request.attn_sink is not None:
-        # exp overflows to inf where the sink outweighs every key, and 1 / inf is the 0 it should be.
-        with np.errstate(over="ignore"):
-            out = out * (1 / (1 + np.exp(request.attn_sink - lse)))[:, None]
-    return out, lse
+        return np.zeros((heads, request.value_dim), np.float32), np.full(heads, -np.inf, np.float32)
+    # Per key: its row as stored, widened and joined; its logits and probabilities. Powers of two keep exact sums exact.
+    step = 1 << (max(64, memory // (4 * (3 * width + 3 * heads))).bit_length() - 1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        out, top, total = _attend(request, engine, widen(request.q[row]), owner, positions, step)
+        if request.attn_sink is not None:
+            # exp overflows to inf where the sink outweighs every key, and total / inf is the 0 it should be.
+            out = out * (total / (total + np.exp(request.attn_sink - top)))[:, None]
+        return out, top + np.log(total)
+
+
+def _attend(
+    request: AttendRequest, engine: settings.Engine, q: settings.Float32, owner: int, positions: Array, step: int
+) -> tuple[Array, Array, Array]:
+    """What `Engine.attend` returns, over all positions, `step` at a time."""
+    parts = (
+        engine.attend(q, attention_rows(request.kv, request.kv_layout, where), request.softmax_scale, request.value_dim)
+        for where in (places(request.batch, owner, positions[i : i + step]) for i in range(0, len(positions), step))
+    )
+    out, top, total = next(parts)
+    if len(positions) <= step:
+        return out, top, total
+    out = out * total[:, None]
+    for part, part_top, part_total in parts:
+        # By largest logit and sum, not by lse: where logits are large, lse has lost the last bits of its logarithm.
+        highest = np.maximum(top, part_top)
+        old, new = np.exp(top - highest), np.exp(part_top - highest) * part_total
+        out = out * old[:, None] + part * new[:, None]
+        top, total = highest, total * old + new
+    return out / total[:, None], top, total
 
 
 def _valid(request: AttendRequest, row: int, owner: int) -> Array:

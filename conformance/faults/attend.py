@@ -70,7 +70,7 @@ class ScaleDropped(SparseAttend):
     """The logits are not scaled."""
 
     code, title = "A1", "softmax_scale dropped"
-    killed_by, rule = "attend-bf16-prefill-flat", "bound"
+    killed_by, rule = "attend-bf16-decode-flat", "bound"
 
     def logits(self, q: Array, kv: Array, softmax_scale: float) -> Array:
         """Scale 1."""
@@ -81,7 +81,7 @@ class ScaleOfValues(SparseAttend):
     """The scale is computed from the width of the values."""
 
     code, title = "A2", "softmax_scale = 512^-0.5 whatever is passed"
-    killed_by, rule = "attend-bf16-prefill-flat", "bound"
+    killed_by, rule = "attend-bf16-decode-flat", "bound"
 
     def logits(self, q: Array, kv: Array, softmax_scale: float) -> Array:
         """512^-0.5."""
@@ -92,7 +92,7 @@ class ScaleDefault(SparseAttend):
     """The scale is computed from the width of the keys."""
 
     code, title, stands_for = "A33", "softmax_scale = 576^-0.5 whatever is passed", "FlashMLA's and Ascend's default"
-    killed_by, rule = "attend-bf16-prefill-flat", "bound"
+    killed_by, rule = "attend-bf16-decode-flat", "bound"
 
     def logits(self, q: Array, kv: Array, softmax_scale: float) -> Array:
         """Dqk^-0.5."""
@@ -135,7 +135,7 @@ class LogitsFloat16(SparseAttend):
     """The logits are kept in float16 where float32 is declared."""
 
     code, title, stands_for = "A34", "logits in float16", "FlagGems sparse_mla"
-    killed_by, rule = "attend-bf16-prefill-paged64", "rms"
+    killed_by, rule = "attend-bf16-decode-paged128", "rms"
 
     def logits(self, q: Array, kv: Array, softmax_scale: float) -> Array:
         """Rounded."""
@@ -146,7 +146,7 @@ class BaseTwo(SparseAttend):
     """exp is computed as exp2, and log2(e) is forgotten."""
 
     code, title = "A10", "exp2 without log2(e)"
-    killed_by, rule = "attend-bf16-prefill-heads16", "bound"
+    killed_by, rule = "attend-bf16-decode-flat", "bound"
 
     def shares(self, logits: Array, top: Array) -> Array:
         """2^(logit - maximum)."""
@@ -171,7 +171,7 @@ class NoRescale(SparseAttend):
     """The accumulator keeps what it held when a later tile of keys raises the maximum."""
 
     code, title = "A12", "accumulator not rescaled when the maximum rises"
-    killed_by, rule = "attend-bf16-prefill-heads16", "bound"
+    killed_by, rule = "attend-bf16-decode-flat", "bound"
 
     def probabilities(self, shares: Array) -> Array:
         """Relative to the maximum so far."""
@@ -208,7 +208,7 @@ class ProbabilitiesFloat8(SparseAttend):
     """Probabilities are rounded to float8 where 16 bits are declared."""
 
     code, title = "A14", "probabilities in float8"
-    killed_by, rule = "attend-bf16-prefill-flat", "bound"
+    killed_by, rule = "attend-bf16-decode-flat", "bound"
 
     def probabilities(self, shares: Array) -> Array:
         """As e4m3."""
@@ -232,7 +232,7 @@ class LastBlockDropped(SparseAttend):
     """The loop over blocks of entries ends one early."""
 
     code, title = "A8", "last block of entries dropped"
-    killed_by, rule = "attend-bf16-prefill-flat", "bound"
+    killed_by, rule = "attend-bf16-decode-flat", "bound"
 
     def entries(self, call: Call, row: int) -> Array:
         """64 fewer."""
@@ -254,7 +254,7 @@ class LastTokenDropped(SparseAttend):
     """The last key of a row is not attended."""
 
     code, title = "A9", "last token dropped"
-    killed_by, rule = "attend-bf16-prefill-flat", "bound"
+    killed_by, rule = "attend-bf16-decode-flat", "bound"
 
     def valid(self, entries: Array, length: int) -> Array:
         """One fewer."""
@@ -265,7 +265,7 @@ class SplitMissing(SparseAttend):
     """The splits are merged before the last one has been written, as in a race."""
 
     code, title = "A32", "last split missing from the merge"
-    killed_by, rule = "attend-bf16-prefill-flat", "bound"
+    killed_by, rule = "attend-bf16-decode-flat", "bound"
 
     def valid(self, entries: Array, length: int) -> Array:
         """Without the last of eight parts."""
@@ -277,7 +277,7 @@ class MergeBaseTwo(SparseAttend):
     """Two partial outputs with natural lse are merged as if their lse were to base 2."""
 
     code, title, stands_for = "A35", "partial outputs merged in the other base", "vllm#28840"
-    killed_by, rule = "attend-bf16-prefill-heads16", "bound"
+    killed_by, rule = "attend-bf16-decode-flat", "bound"
 
     def attend(self, q: Array, kv: Array, softmax_scale: float, value_dim: int, sink: Array | None) -> tuple[Array, Array]:
         """Weights 2^lse."""
@@ -294,7 +294,7 @@ class LeadingTileNaN(SparseAttend):
     """A first tile without a valid entry leaves -inf - -inf in the running maximum."""
 
     code, title, stands_for = "A36", "NaN where the first tile of a row is all holes", "vllm#48366"
-    killed_by, rule = "attend-bf16-prefill-flat", "bound"
+    killed_by, rule = "attend-bf16-decode-flat", "bound"
 
     def row(self, call: Call, request: int, row: int) -> tuple[Array, Array]:
         """NaN in such a row."""
@@ -311,7 +311,7 @@ class HoleIsLast(SparseAttend):
     """-1 names the last key, as in Python."""
 
     code, title, stands_for = "A3", "-1 read as the last key", "cudnn-frontend#298"
-    killed_by, rule = "attend-bf16-prefill-flat", "bound"
+    killed_by, rule = "attend-bf16-decode-flat", "bound"
 
     def valid(self, entries: Array, length: int) -> Array:
         """-1 is length - 1."""
@@ -322,7 +322,7 @@ class HoleIsFirst(SparseAttend):
     """-1 names key 0."""
 
     code, title, stands_for = "A4", "-1 read as key 0", "cudnn-frontend#298"
-    killed_by, rule = "attend-bf16-prefill-flat", "bound"
+    killed_by, rule = "attend-bf16-decode-flat", "bound"
 
     def valid(self, entries: Array, length: int) -> Array:
         """-1 is 0."""
@@ -333,7 +333,7 @@ class OthersWrap(SparseAttend):
     """Only -1 is skipped; every other index wraps around."""
 
     code, title, stands_for = "A37", "only -1 skipped, other invalid indices wrap", "flashinfer-bench's and Ascend's references"
-    killed_by, rule = "attend-bf16-prefill-flat", "bound"
+    killed_by, rule = "attend-bf16-decode-flat", "bound"
 
     def valid(self, entries: Array, length: int) -> Array:
         """Modulo the length."""
@@ -344,7 +344,7 @@ class OthersClamped(SparseAttend):
     """Only -1 is skipped; every other index is clamped into the request."""
 
     code, title, stands_for = "A38", "only -1 skipped, other invalid indices clamped", "FlashMLA decode skips -1 alone"
-    killed_by, rule = "attend-bf16-prefill-flat", "bound"
+    killed_by, rule = "attend-bf16-decode-flat", "bound"
 
     def valid(self, entries: Array, length: int) -> Array:
         """To the nearest end."""
@@ -355,7 +355,7 @@ class UpperBoundUnchecked(Unchecked):
     """An index is valid if it is not negative."""
 
     code, title, stands_for = "A39", "indices past the request's end followed", "TileLang's DeepSeek-V4 kernel"
-    killed_by, rule = "attend-bf16-prefill-flat", "bound"
+    killed_by, rule = "attend-bf16-decode-flat", "bound"
 
     def valid(self, entries: Array, length: int) -> Array:
         """Not negative."""
@@ -366,7 +366,7 @@ class FirstHoleEnds(SparseAttend):
     """A row ends at its first -1."""
 
     code, title, stands_for = "A40", "first -1 ends the row", "npu_sparse_flash_attention"
-    killed_by, rule = "attend-bf16-prefill-flat", "bound"
+    killed_by, rule = "attend-bf16-decode-flat", "bound"
 
     def valid(self, entries: Array, length: int) -> Array:
         """Up to it."""
@@ -388,7 +388,7 @@ class IndicesIgnored(SparseAttend):
     """Every key is attended, as by a dense fallback."""
 
     code, title, stands_for = "A42", "indices ignored: attention is dense", "vllm-ascend#16005"
-    killed_by, rule = "attend-bf16-prefill-flat", "bound"
+    killed_by, rule = "attend-bf16-decode-flat", "bound"
 
     def valid(self, entries: Array, length: int) -> Array:
         """All."""
@@ -399,7 +399,7 @@ class CausalAgain(SparseAttend):
     """A causal mask removes selected keys behind the row's own position."""
 
     code, title, stands_for = "A43", "causal mask added again", "npu_sparse_flash_attention, sparse_mode 3"
-    killed_by, rule = "attend-bf16-prefill-flat", "bound"
+    killed_by, rule = "attend-bf16-decode-flat", "bound"
 
     def row(self, call: Call, request: int, row: int) -> tuple[Array, Array]:
         """As if the request ended at the row."""
@@ -411,7 +411,7 @@ class CausalTopLeft(SparseAttend):
     """Keys behind the row's number in its chunk are masked, whatever came before the chunk."""
 
     code, title, stands_for = "A44", "masked by row number, without the offset of the chunk", "TileLang and FlagGems sparse_mla"
-    killed_by, rule = "attend-bf16-prefill-flat", "bound"
+    killed_by, rule = "attend-bf16-decode-flat", "bound"
 
     def row(self, call: Call, request: int, row: int) -> tuple[Array, Array]:
         """As if the context began with the chunk."""
@@ -423,7 +423,7 @@ class ThresholdEntries(SparseAttend):
     """Only as many leading entries are read as the row sees keys."""
 
     code, title, stands_for = "A45", "entries past the count of visible keys not read", "npu_sparse_flash_attention"
-    killed_by, rule = "attend-bf16-prefill-flat", "bound"
+    killed_by, rule = "attend-bf16-decode-flat", "bound"
 
     def row(self, call: Call, request: int, row: int) -> tuple[Array, Array]:
         """The first Lk - Lq + i + 1."""
@@ -515,7 +515,7 @@ class EmptyRowPlusInfinity(SparseAttend):
     """The lse of a row without a valid entry is +inf, which outweighs every other part in a merge."""
 
     code, title, stands_for = "A48", "lse of an empty row is +inf", "FlashMLA"
-    killed_by, rule = "attend-bf16-prefill-lse", "empty row"
+    killed_by, rule = "attend-bf16-decode-lse", "empty row"
 
     def empty(self, heads: int, value_dim: int) -> tuple[Array, Array]:
         """+inf."""
@@ -609,7 +609,7 @@ class LseBaseTwo(SparseAttend):
     """lse is a logarithm to base 2."""
 
     code, title, stands_for = "A19", "lse to base 2", "vllm#28840, sglang#35045"
-    killed_by, rule = "attend-bf16-prefill-lse", "lse"
+    killed_by, rule = "attend-bf16-decode-lse", "lse"
 
     def lse(self, top: Array, total: Array, sink: Array | None) -> Array:
         """Divided by ln 2."""
@@ -631,7 +631,7 @@ class LseWithoutMaximum(SparseAttend):
     """The maximum is not added back."""
 
     code, title = "A21", "maximum missing from lse"
-    killed_by, rule = "attend-bf16-prefill-lse", "lse"
+    killed_by, rule = "attend-bf16-decode-lse", "lse"
 
     def lse(self, top: Array, total: Array, sink: Array | None) -> Array:
         """The sum's logarithm alone."""
@@ -642,7 +642,7 @@ class LseBfloat16(SparseAttend):
     """lse is stored in the dtype of q."""
 
     code, title, stands_for = "A52", "lse in bfloat16", "FlagGems sparse_mla"
-    killed_by, rule = "attend-bf16-prefill-lse", "lse"
+    killed_by, rule = "attend-bf16-decode-lse", "lse"
 
     def lse(self, top: Array, total: Array, sink: Array | None) -> Array:
         """Rounded."""
@@ -653,7 +653,7 @@ class LseIsMaximum(SparseAttend):
     """The first of the pair (maximum, sum) is taken for lse."""
 
     code, title, stands_for = "A53", "maximum returned as lse", "npu_sparse_flash_attention's softmax_max"
-    killed_by, rule = "attend-bf16-prefill-lse", "lse"
+    killed_by, rule = "attend-bf16-decode-lse", "lse"
 
     def lse(self, top: Array, total: Array, sink: Array | None) -> Array:
         """The maximum."""
@@ -664,7 +664,7 @@ class LseTransposed(SparseAttend):
     """lse is written heads first."""
 
     code, title, stands_for = "A54", "lse in the order [heads, rows]", "FlashMLA decode"
-    killed_by, rule = "attend-bf16-prefill-lse", "lse"
+    killed_by, rule = "attend-bf16-decode-lse", "lse"
 
     def run(self, call: Call) -> dict[str, Array]:
         """The transposed bytes."""
@@ -679,7 +679,7 @@ class ValuesOffset(SparseAttend):
     """The values are the last 512 columns of a key, not the first."""
 
     code, title = "A7", "values taken from the last 512 columns"
-    killed_by, rule = "attend-bf16-prefill-flat", "bound"
+    killed_by, rule = "attend-bf16-decode-flat", "bound"
 
     def values(self, kv: Array, value_dim: int) -> Array:
         """From the end."""
@@ -690,7 +690,7 @@ class FirstTileScale(SparseAttend):
     """The scale of a key's first tile serves all of its tiles."""
 
     code, title, stands_for = "A25", "one tile's scale for all tiles", "ATOM#1466"
-    killed_by, rule = "attend-v32_fp8_656_nsr-prefill-flat", "bound"
+    killed_by, rule = "attend-v32_fp8_656_nsr-decode-flat", "bound"
 
     def tile_scales(self, scale: Array) -> Array:
         """The first."""
@@ -701,7 +701,7 @@ class ScalePowerOfTwo(SparseAttend):
     """Tile scales pass through e8m0 and lose their significand."""
 
     code, title, stands_for = "A55", "tile scales cut down to powers of two", "FlashMLA#184"
-    killed_by, rule = "attend-v32_fp8_656_nsr_f32-prefill-flat", "bound"
+    killed_by, rule = "attend-v32_fp8_656_nsr_f32-decode-flat", "bound"
 
     def tile_scales(self, scale: Array) -> Array:
         """Without significand."""
@@ -712,7 +712,7 @@ class ScaleBfloat16(SparseAttend):
     """Tile scales are rounded to bfloat16."""
 
     code, title, stands_for = "A56", "tile scales in bfloat16", "FlashMLA on SM90"
-    killed_by, rule = "attend-v32_fp8_656_nsr_f32-prefill-paged64", "bound"
+    killed_by, rule = "attend-v32_fp8_656_nsr_f32-decode-paged128", "bound"
 
     def tile_scales(self, scale: Array) -> Array:
         """Rounded."""
@@ -723,7 +723,7 @@ class NsrAsNrs(SparseAttend):
     """A cache of values, scales, rotated part is read as values, rotated part, scales."""
 
     code, title, stands_for = "A57", "656-byte cache read in the other order (nsr as nrs)", "FlashMLA's cache on Ascend"
-    killed_by, rule = "attend-v32_fp8_656_nsr-prefill-flat", "bound"
+    killed_by, rule = "attend-v32_fp8_656_nsr-decode-flat", "bound"
     order = "nsr"
 
     def parts(self, name: str, kv: Array) -> Unpacked:
@@ -739,7 +739,7 @@ class NrsAsNsr(NsrAsNrs):
     """A cache of values, rotated part, scales is read as values, scales, rotated part."""
 
     code, title, stands_for = "A58", "656-byte cache read in the other order (nrs as nsr)", "Ascend's cache by FlashMLA"
-    killed_by, rule = "attend-ascend_656_nrs_int8-prefill-flat", "bound"
+    killed_by, rule = "attend-ascend_656_nrs_int8-decode-flat", "bound"
     order = "nrs"
 
 
@@ -761,7 +761,7 @@ class Fnuz(SparseAttend):
     """float8_e4m3fn bytes are decoded as e4m3fnuz: half the value, and NaN for -0."""
 
     code, title, stands_for = "A59", "e4m3fn cache decoded as e4m3fnuz", "sglang#29479"
-    killed_by, rule = "attend-v32_fp8_656_nsr-prefill-flat", "bound"
+    killed_by, rule = "attend-v32_fp8_656_nsr-decode-flat", "bound"
 
     def parts(self, name: str, kv: Array) -> Unpacked:
         """The same bytes."""
@@ -872,7 +872,7 @@ class IndexAsFlatRow(SparseAttend):
     """An index is taken as a row of all requests' keys."""
 
     code, title, stands_for = "A65", "index taken as a row of the flat keys", "FlashMLA prefill"
-    killed_by, rule = "attend-bf16-prefill-flat", "bound"
+    killed_by, rule = "attend-bf16-decode-flat", "bound"
 
     def places(self, call: Call, request: int, positions: Array) -> Array:
         """The index itself."""
@@ -908,7 +908,7 @@ class LengthFromOffsets(SparseAttend):
     """A request is taken to reach to where the next one begins."""
 
     code, title = "A67", "seqlens_k ignored: length taken from cu_seqlens_k"
-    killed_by, rule = "attend-bf16-prefill-flat", "bound"
+    killed_by, rule = "attend-bf16-decode-flat", "bound"
 
     def length(self, call: Call, request: int) -> int:
         """The distance of the beginnings."""
@@ -935,7 +935,7 @@ class HeadsSwapped(SparseAttend):
     """The outputs of heads 0 and 1 change places."""
 
     code, title = "A26", "two heads swapped"
-    killed_by, rule = "attend-bf16-prefill-flat", "bound"
+    killed_by, rule = "attend-bf16-decode-flat", "bound"
 
     def attend(self, q: Array, kv: Array, softmax_scale: float, value_dim: int, sink: Array | None) -> tuple[Array, Array]:
         """1, 0, 2, 3 ..."""
@@ -961,7 +961,7 @@ class LastRowZero(SparseAttend):
     """The last row of a request with several rows is not computed."""
 
     code, title, stands_for = "A27", "last row of a request is zero", "aiter#4244"
-    killed_by, rule = "attend-bf16-prefill-flat", "bound"
+    killed_by, rule = "attend-bf16-decode-flat", "bound"
 
     def row(self, call: Call, request: int, row: int) -> tuple[Array, Array]:
         """0."""
@@ -987,7 +987,7 @@ class RowsUniform(SparseAttend):
     """Every request is taken to have as many rows as the others."""
 
     code, title = "A71", "cu_seqlens_q ignored: rows divided evenly"
-    killed_by, rule = "attend-bf16-prefill-flat", "bound"
+    killed_by, rule = "attend-bf16-decode-flat", "bound"
 
     def rows_of(self, call: Call, request: int) -> range:
         """Equal parts."""

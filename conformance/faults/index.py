@@ -31,8 +31,8 @@ INDEX_FAULTS: tuple[type[LightningIndex], ...] = (
 UNOBSERVABLE: Mapping[str, str] = MappingProxyType(
     {
         "a positive constant factor (H^-0.5, D^-0.5) left out or applied twice, where scores are not returned": (
-            "For c > 0, c * s_i >= c * s_j exactly where s_i >= s_j, so every row selects the same keys; with return_scores the "
-            "`scores` cases see the factor."
+            "For c > 0, c * s_i >= c * s_j exactly where s_i >= s_j, so every row selects the same keys; with return_scores "
+            "the `scores` cases see the factor."
         ),
         "the key scale applied inside the ReLU, or to each head before the sum": (
             "c >= 0 gives relu(c * x) = c * relu(x), so the scores are the same numbers but for roundings, which the bound of "

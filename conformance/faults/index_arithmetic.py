@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, TypeAlias
 
 import numpy as np
 
 from dsa_portable.arrays import NUMPY_DTYPES
 from dsa_portable.conformance.cases.call import Call
 from dsa_portable.conformance.emulator import dot, rounded
-from dsa_portable.conformance.faults.implementation import LightningIndex
+from dsa_portable.conformance.faults.implementation import Array, LightningIndex
 from dsa_portable.profile import Accumulator
-
-Array: TypeAlias = np.ndarray[Any, Any]
 
 E4M3_SMALLEST_NORMAL = 2.0**-6
 
@@ -25,6 +22,7 @@ class ReluMissing(LightningIndex):
     """Negative dot products count."""
 
     code, title, stands_for = "I1", "ReLU missing", "transformers#44360"
+    killed_by, rule = "index-e4m3-f32-f32-decode-out", "certificate"
 
     def activate(self, dots: Array) -> Array:
         """Nothing."""
@@ -35,6 +33,7 @@ class MagnitudeForRelu(LightningIndex):
     """Negative dot products count as positive ones."""
 
     code, title = "I2", "absolute value in place of ReLU"
+    killed_by, rule = "index-e4m3-f32-f32-decode-out", "certificate"
 
     def activate(self, dots: Array) -> Array:
         """|dots|."""
@@ -45,6 +44,7 @@ class ReluAfterHeadSum(ReluMissing):
     """ReLU is applied once, to the weighted sum over heads."""
 
     code, title, stands_for = "I3", "ReLU after the head sum", ""
+    killed_by, rule = "index-e4m3-f32-f32-decode-out", "certificate"
 
     def head_sum(self, weights: Array, dots: Array) -> Array:
         """relu of the sum."""
@@ -55,6 +55,7 @@ class WeightsDropped(LightningIndex):
     """Every head counts alike."""
 
     code, title = "I4", "head weights dropped"
+    killed_by, rule = "index-e4m3-f32-f32-decode-out", "certificate"
 
     def weights(self, weights: Array) -> Array:
         """1."""
@@ -65,6 +66,7 @@ class WeightsUnsigned(LightningIndex):
     """Weights lose their sign, which a test that draws weights.abs() cannot see."""
 
     code, title = "I5", "absolute value of the head weights"
+    killed_by, rule = "index-e4m3-f32-f32-decode-out", "certificate"
 
     def weights(self, weights: Array) -> Array:
         """|weights|."""
@@ -75,6 +77,7 @@ class HalfTheHeads(LightningIndex):
     """The second half of the heads does not count."""
 
     code, title = "I7", "half of the heads dropped"
+    killed_by, rule = "index-e4m3-f32-f32-decode-out", "certificate"
 
     def weights(self, weights: Array) -> Array:
         """0 in the second half."""
@@ -85,6 +88,7 @@ class ScaleDropped(LightningIndex):
     """Keys are scored as they are stored."""
 
     code, title = "I8", "key scale dropped"
+    killed_by, rule = "index-e4m3-f32-f32-decode-out", "certificate"
 
     def scale(self, scale: Array) -> Array:
         """1."""
@@ -95,6 +99,7 @@ class ZeroScaleIsOne(LightningIndex):
     """A key scale of 0 is taken for one that was never written."""
 
     code, title = "I42", "key scale 0 read as 1"
+    killed_by, rule = "index-e4m3-f32-f32-prefill-plateau", "ties"
 
     def scale(self, scale: Array) -> Array:
         """1 for 0."""
@@ -108,6 +113,7 @@ class DotBfloat16(LightningIndex):
     """The dot product is accumulated in bfloat16, sixteen dimensions at a time."""
 
     code, title = "I11", "dot product accumulated in bfloat16"
+    killed_by, rule = "index-e4m3-f32-f32-prefill-dim64", "certificate"
 
     def dots(self, q: Array, k: Array) -> Array:
         """Rounded after every sixteen dimensions."""
@@ -121,6 +127,7 @@ class DotFloat16(LightningIndex):
     """Dot products are kept in float16 as they are, without the division by 1024 that keeps them in its range."""
 
     code, title = "I43", "dot product overflows float16"
+    killed_by, rule = "index-e4m3-f32-f32-decode-out", "certificate"
 
     def dots(self, q: Array, k: Array) -> Array:
         """Beyond 65,504 infinite."""
@@ -131,6 +138,7 @@ class DotTruncated(LightningIndex):
     """Products are aligned and cut to 14 bits, as Hopper's tensor cores do, under a profile that says float32."""
 
     code, title = "I44", "14-bit truncating accumulator, undeclared"
+    killed_by, rule = "index-e4m3-f32-f32-decode-scores", "scores"
 
     def dots(self, q: Array, k: Array) -> Array:
         """Cut every 32 dimensions."""
@@ -141,6 +149,7 @@ class LogitsBfloat16(LightningIndex):
     """Scores are compared in bfloat16, under a profile that says float32: whole bands of keys tie."""
 
     code, title, stands_for = "I45", "scores rounded to bfloat16, undeclared", "omlx#2243"
+    killed_by, rule = "index-e4m3-f32-f32-prefill-lattice", "certificate"
 
     def scores(self, q: Array, k: Array, weights: Array, scale: Array) -> Array:
         """As bfloat16."""
@@ -151,6 +160,7 @@ class WeightsFloat16(LightningIndex):
     """float32 weights pass through float16."""
 
     code, title = "I46", "head weights rounded to float16"
+    killed_by, rule = "index-e4m3-f32-f32-decode-scores", "scores"
 
     def weights(self, weights: Array) -> Array:
         """As float16."""
@@ -161,6 +171,7 @@ class ScaleBfloat16(LightningIndex):
     """float32 key scales pass through bfloat16."""
 
     code, title = "I47", "key scales rounded to bfloat16"
+    killed_by, rule = "index-e4m3-f32-f32-decode-scores", "scores"
 
     def scale(self, scale: Array) -> Array:
         """As bfloat16."""
@@ -174,6 +185,7 @@ class KeysReadAsFnuz(LightningIndex):
     """float8_e4m3fn bytes are read as e4m3fnuz: half of every value, and -0.0 is NaN."""
 
     code, title, stands_for = "I36", "e4m3fn and e4m3fnuz confused", "sglang#29479"
+    killed_by, rule = "index-e4m3-f32-f32-prefill-codes", "certificate"
 
     def fetch(self, memory: Array, places: Array) -> Array:
         """The other float8's values of the same bytes."""
@@ -186,6 +198,7 @@ class OperandsSaturate(LightningIndex):
     """Float8 operands are clamped to 240, the largest e4m3fnuz."""
 
     code, title = "I48", "float8 operands saturate at 240"
+    killed_by, rule = "index-e4m3-f32-f32-decode-out", "certificate"
 
     def operands(self, q: Array, k: Array) -> tuple[Array, Array]:
         """Within +-240."""
@@ -196,6 +209,7 @@ class SubnormalsLost(LightningIndex):
     """A decoder of float8 in software takes the subnormals for 0."""
 
     code, title = "I49", "float8 subnormals read as 0"
+    killed_by, rule = "index-e4m3-f32-f32-prefill-codes", "scores"
 
     def operands(self, q: Array, k: Array) -> tuple[Array, Array]:
         """0 below the smallest normal number of e4m3."""
@@ -206,6 +220,7 @@ class SwizzleOfOtherDimension(LightningIndex):
     """The shared-memory swizzle of 128 dimensions is applied to any number: q's chunks of sixteen change places."""
 
     code, title, stands_for = "I50", "swizzle is right for 128 dimensions alone", "DeepGEMM#433"
+    killed_by, rule = "index-e4m3-f32-f32-prefill-dim64", "certificate"
 
     def operands(self, q: Array, k: Array) -> tuple[Array, Array]:
         """q with every second chunk in the place of its neighbour."""
@@ -217,6 +232,7 @@ class WeightsOfSixtyFourHeads(LightningIndex):
     """A row's weights are looked for 64 numbers behind the row's before, whatever the number of heads."""
 
     code, title = "I51", "64 heads assumed in the weights' row stride"
+    killed_by, rule = "index-e4m3-f32-f32-decode-paged128", "certificate"
 
     def run(self, call: Call) -> dict[str, Array]:
         """With each row's weights taken from there, from the beginning again behind the end."""

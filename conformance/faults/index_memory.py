@@ -32,6 +32,7 @@ class TableIgnored(LightningIndex):
     """Pages are read in the order of memory."""
 
     code, title = "I22", "block table ignored"
+    killed_by, rule = "index-e4m3-f32-f32-decode-paged64", "certificate"
 
     def page(self, call: Call, request: int, page: Array) -> Array:
         """The same number."""
@@ -42,6 +43,7 @@ class FirstSlotOfPage(LightningIndex):
     """Every key of a page is read from the page's first slot."""
 
     code, title, stands_for = "I23", "first key of the page read for all of its keys", "aiter#5591"
+    killed_by, rule = "index-e4m3-f32-f32-decode-paged64", "certificate"
 
     def places(self, call: Call, request: int, positions: Array) -> Array:
         """Rounded down to the page."""
@@ -53,6 +55,7 @@ class PageSizeAssumed(Unchecked):
     """Pages are taken to hold 64 keys."""
 
     code, title = "I80", "page size assumed to be 64"
+    killed_by, rule = "index-e4m3-f32-f32-decode-paged128", "certificate"
 
     def places(self, call: Call, request: int, positions: Array) -> Array:
         """As if they did."""
@@ -64,6 +67,7 @@ class TableStrideAssumed(Unchecked):
     """The block table's rows are taken to be as long as the longest request needs, where they are longer."""
 
     code, title = "I81", "row stride of the block table assumed"
+    killed_by, rule = "index-e4m3-f32-f32-decode-paged64", "certificate"
 
     def page(self, call: Call, request: int, page: Array) -> Array:
         """From the flattened table."""
@@ -76,6 +80,7 @@ class OffsetWraps(LightningIndex):
     """A key whose element offset needs 32 bits is read as zeros; a small number stands here for 2^31."""
 
     code, title, stands_for = "I24", "32-bit element offset wraps", "aiter#4774"
+    killed_by, rule = "index-e4m3-f32-f32-decode-paged64", "certificate"
     limit = 1 << 19
 
     def fetch(self, memory: Array, places: Array) -> Array:
@@ -87,6 +92,7 @@ class LastPageWraps(LightningIndex):
     """The last page of the memory is read at its beginning."""
 
     code, title, stands_for = "I25", "offset wraps in the last page", "aiter#5614"
+    killed_by, rule = "index-e4m3-f32-f32-decode-paged64", "certificate"
 
     def page(self, call: Call, request: int, page: Array) -> Array:
         """0 for the last."""
@@ -98,6 +104,7 @@ class LengthsIgnored(Unchecked):
     """Every request is as long as the longest."""
 
     code, title = "I29", "ragged lengths ignored"
+    killed_by, rule = "index-e4m3-f32-f32-decode-out", "visible"
 
     def length(self, call: Call, request: int) -> int:
         """The maximum."""
@@ -108,6 +115,7 @@ class LengthOfNeighbour(Unchecked):
     """A request ends where the one before it does."""
 
     code, title, stands_for = "I82", "lengths off by one request", "sglang#12583"
+    killed_by, rule = "index-e4m3-f32-f32-decode-lengths", "tail"
 
     def length(self, call: Call, request: int) -> int:
         """The previous request's, and the last one's for the first."""
@@ -118,6 +126,7 @@ class PrefixSumWithoutZero(Unchecked):
     """cu_seqlens_k is read as if its leading 0 were absent."""
 
     code, title = "I83", "keys read from the next request on"
+    killed_by, rule = "index-e4m3-f32-f32-decode-out", "certificate"
 
     def places(self, call: Call, request: int, positions: Array) -> Array:
         """The next request's."""
@@ -128,6 +137,7 @@ class GapsIgnored(Unchecked):
     """Requests are taken to lie end to end, whatever cu_seqlens_k says."""
 
     code, title = "I84", "room between requests ignored"
+    killed_by, rule = "index-e4m3-f32-f32-decode-lengths", "certificate"
 
     def places(self, call: Call, request: int, positions: Array) -> Array:
         """Behind the lengths of those before."""
@@ -141,6 +151,7 @@ class MaskedByProduct(Unchecked):
     """Scores behind a row's last key are multiplied by 0, up to the end of the tile: 0 * NaN is NaN and ranks first."""
 
     code, title, stands_for = "I85", "NaN read behind the last key", "flash-attention#1745"
+    killed_by, rule = "index-e4m3-f32-f32-decode-paged64", "visible"
 
     def row(self, call: Call, request: int, row: int) -> tuple[Array, Array]:
         """The honest one over whole tiles."""
@@ -162,6 +173,7 @@ class PageScaleStale(LightningIndex):
     """One page holds the scales that its slots had before they were written anew: here those of its other end."""
 
     code, title = "I31", "scales of one page are stale"
+    killed_by, rule = "index-e4m3-f32-f32-decode-paged64", "certificate"
 
     def keys(self, call: Call, places: Array) -> tuple[Array, Array]:
         """For the first request's first page."""
@@ -177,6 +189,7 @@ class ScaleOfTile(LightningIndex):
     """The index of a scale is aliased to 0 within its page, or tile of 64 flat keys."""
 
     code, title, stands_for = "I32", "first scale of the page used for all of its keys", "ATOM#1466"
+    killed_by, rule = "index-e4m3-f32-f32-decode-out", "certificate"
 
     def keys(self, call: Call, places: Array) -> tuple[Array, Array]:
         """Scales of the first slot."""
@@ -188,6 +201,7 @@ class ScaleOfNeighbour(LightningIndex):
     """Every key has the scale of the key behind it."""
 
     code, title = "I86", "key scale of the neighbour"
+    killed_by, rule = "index-e4m3-f32-f32-decode-out", "certificate"
 
     def keys(self, call: Call, places: Array) -> tuple[Array, Array]:
         """Scales of the places shifted by one."""
@@ -201,6 +215,7 @@ class PlanarReadInterleaved(LightningIndex):
     """The cache with all values of a page before all of its scales is read token by token."""
 
     code, title, stands_for = "I87", "planar 132-byte cache read as interleaved", "aiter#5591"
+    killed_by, rule = "index-e4m3-f32-f32-prefill-planar", "certificate"
     written, read = "idx_fp8_132_planar", "idx_fp8_132_interleaved"
 
     def keys(self, call: Call, places: Array) -> tuple[Array, Array]:
@@ -213,6 +228,7 @@ class InterleavedReadPlanar(PlanarReadInterleaved):
     """The cache with each token's scale behind its values is read as one that holds all values of a page first."""
 
     code, title, stands_for = "I88", "interleaved 132-byte cache read as planar", ""
+    killed_by, rule = "index-e4m3-f32-f32-prefill-interleaved", "certificate"
     written, read = "idx_fp8_132_interleaved", "idx_fp8_132_planar"
 
 

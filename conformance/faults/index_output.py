@@ -15,6 +15,7 @@ class PadsAreZero(LightningIndex):
     """The tail of a short row is 0, which reads as the first key."""
 
     code, title = "I27", "tail filled with 0"
+    killed_by, rule = "index-e4m3-f32-f32-decode-out", "tail"
     filler = 0
 
     def pad(self, chosen: Array, topk: int) -> Array:
@@ -26,12 +27,14 @@ class TailNotWritten(PadsAreZero):
     """The tail of a short row is left as it was; a filler of INT_MAX looks the same."""
 
     code, title, filler = "I39", "tail not written", np.iinfo(np.int32).max
+    killed_by, rule = "index-e4m3-f32-f32-decode-out", "tail"
 
 
 class LastRepeated(LightningIndex):
     """A short row is filled up with its last position."""
 
     code, title = "I73", "short row filled up by repetition"
+    killed_by, rule = "index-e4m3-f32-f32-decode-out", "tail"
 
     def pad(self, chosen: Array, topk: int) -> Array:
         """The last one again."""
@@ -42,6 +45,7 @@ class OneTwice(LightningIndex):
     """Two threads write the same key, and another is lost."""
 
     code, title = "I28", "a position appears twice"
+    killed_by, rule = "index-e4m3-f32-f32-decode-out", "unique"
 
     def select(self, scores: Array, topk: int) -> Array:
         """The best in the place of the last."""
@@ -53,6 +57,7 @@ class OrderOfScores(LightningIndex):
     """Positions come in order of score, where ascending ones are asked for."""
 
     code, title, stands_for = "I74", "positions in order of score", "aiter#4415"
+    killed_by, rule = "index-e4m3-f32-f32-decode-out", "order"
 
     def order(self, chosen: Array) -> Array:
         """As selected."""
@@ -63,6 +68,7 @@ class ScoresNotReordered(LightningIndex):
     """Positions are sorted and their scores are left in the order of selection."""
 
     code, title = "I75", "returned scores in another order than positions"
+    killed_by, rule = "index-e4m3-f32-f32-decode-scores", "scores"
 
     def row(self, call: Call, request: int, row: int) -> tuple[Array, Array]:
         """Scores descending."""
@@ -74,6 +80,7 @@ class ScoresTailNotWritten(LightningIndex):
     """The scores behind a short row's are left as they were."""
 
     code, title = "I76", "tail of the scores not written"
+    killed_by, rule = "index-e4m3-f32-f32-decode-scores", "tail"
 
     def row(self, call: Call, request: int, row: int) -> tuple[Array, Array]:
         """NaN, which is what the buffer held."""
@@ -85,6 +92,7 @@ class RowsSwapped(LightningIndex):
     """Neighbouring rows of a request change places."""
 
     code, title = "I33", "rows swapped"
+    killed_by, rule = "index-e4m3-f32-f32-prefill-not-causal", "certificate"
 
     def row(self, call: Call, request: int, row: int) -> tuple[Array, Array]:
         """The other one of each pair."""
@@ -97,6 +105,7 @@ class DraftRowStale(LightningIndex):
     """In decode every row of a request gets the first one's selection."""
 
     code, title = "I34", "draft rows repeat the first row's result"
+    killed_by, rule = "index-e4m3-f32-f32-decode-paged64", "certificate"
 
     def row(self, call: Call, request: int, row: int) -> tuple[Array, Array]:
         """The first row's where rows are few."""
@@ -108,6 +117,7 @@ class LastRowsDropped(LightningIndex):
     """Rows behind the last full tile of 16 are not computed."""
 
     code, title, stands_for = "I77", "last tile of rows dropped", "aiter#4244"
+    killed_by, rule = "index-e4m3-f32-f32-prefill-range", "visible"
 
     def row(self, call: Call, request: int, row: int) -> tuple[Array, Array]:
         """Empty there, where there is more than one tile."""
@@ -121,6 +131,7 @@ class PaddingRowsComputed(LightningIndex):
     """Rows behind the last request get the last request's last result."""
 
     code, title = "I78", "padding rows hold a selection"
+    killed_by, rule = "index-e4m3-f32-f32-decode-lengths", "tail"
 
     def run(self, call: Call) -> dict[str, Array]:
         """The last row's in each of them."""

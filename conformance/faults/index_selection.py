@@ -18,6 +18,7 @@ class KTruncated(LightningIndex):
     """The last tile of 64 results is not kept."""
 
     code, title = "I17", "64 results too few"
+    killed_by, rule = "index-e4m3-f32-f32-decode-out", "visible"
 
     def select(self, scores: Array, topk: int) -> Array:
         """64 fewer."""
@@ -28,6 +29,7 @@ class TopkHardCoded(LightningIndex):
     """2,048 are kept whatever is asked for, and the row cut at topk positions."""
 
     code, title = "I64", "topk assumed to be 2048"
+    killed_by, rule = "index-e4m3-f32-f32-prefill-topk512", "certificate"
 
     def select(self, scores: Array, topk: int) -> Array:
         """The first topk positions of them."""
@@ -38,6 +40,7 @@ class DenseFallback(LightningIndex):
     """A size that the selection does not take falls back to the first positions."""
 
     code, title, stands_for = "I65", "silent fallback: the first positions, whatever their scores", "vllm-ascend#16005"
+    killed_by, rule = "index-e4m3-f32-f32-decode-out", "certificate"
 
     def select(self, scores: Array, topk: int) -> Array:
         """From 0 on."""
@@ -48,6 +51,7 @@ class SmallestKept(LightningIndex):
     """The order of comparison is reversed."""
 
     code, title = "I30", "the smallest scores are kept"
+    killed_by, rule = "index-e4m3-f32-f32-decode-out", "certificate"
 
     def select(self, scores: Array, topk: int) -> Array:
         """Of the negated scores."""
@@ -58,6 +62,7 @@ class CandidateBuffer(LightningIndex):
     """Radix selection by the leading 8 bits of a float16, and a buffer for 4,096 candidates of the bucket at the threshold."""
 
     code, title, stands_for = "I66", "candidate buffer overflows", "sglang#36807"
+    killed_by, rule = "index-e4m3-f32-f32-decode-long", "certificate"
 
     def candidates(self, found: Array) -> Array:
         """Those of the threshold's bucket that the buffer holds."""
@@ -79,6 +84,7 @@ class CandidateLost(CandidateBuffer):
     """One candidate of the threshold's bucket is lost."""
 
     code, title = "I18", "one candidate lost"
+    killed_by, rule = "index-e4m3-f32-f32-decode-out", "certificate"
     lost = 1
 
     def candidates(self, found: Array) -> Array:
@@ -90,24 +96,28 @@ class Candidates3Lost(CandidateLost):
     """Three candidates of the threshold's bucket are lost."""
 
     code, title, lost = "I19", "3 candidates lost", 3
+    killed_by, rule = "index-e4m3-f32-f32-decode-out", "certificate"
 
 
 class Candidates40Lost(CandidateLost):
     """Forty candidates of the threshold's bucket are lost."""
 
     code, title, lost = "I20", "40 candidates lost", 40
+    killed_by, rule = "index-e4m3-f32-f32-decode-long", "certificate"
 
 
 class Candidates150Lost(CandidateLost):
     """150 candidates of the threshold's bucket are lost."""
 
     code, title, lost = "I21", "150 candidates lost", 150
+    killed_by, rule = "index-e4m3-f32-f32-decode-long", "certificate"
 
 
 class TiesBeforeBetter(LightningIndex):
     """Everything from the k-th score on is collected in order of position until the row is full."""
 
     code, title, stands_for = "I67", "ties at the boundary displace better keys", "sglang#31115"
+    killed_by, rule = "index-e4m3-f32-f32-prefill-lattice", "certificate"
 
     def select(self, scores: Array, topk: int) -> Array:
         """The first topk of them."""
@@ -120,6 +130,7 @@ class TiesDropped(LightningIndex):
     """Only scores strictly above that of the k-th are kept, and the k-th itself."""
 
     code, title = "I68", "ties at the boundary dropped"
+    killed_by, rule = "index-e4m3-f32-f32-prefill-plateau", "visible"
 
     def select(self, scores: Array, topk: int) -> Array:
         """Without the others that equal the k-th."""
@@ -131,6 +142,7 @@ class PadsBeforeNegative(LightningIndex):
     """Pads and buffers hold 0 where they should hold -inf, so that no negative score is ever kept."""
 
     code, title, stands_for = "I40", "pads selected before negative scores", "pypto-lib#368"
+    killed_by, rule = "index-e4m3-f32-f32-prefill-codes", "visible"
 
     def select(self, scores: Array, topk: int) -> Array:
         """Without them."""
@@ -142,6 +154,7 @@ class NegativeOrderReversed(LightningIndex):
     """Scores are compared as the unsigned integers of their bits: a more negative score is a larger one."""
 
     code, title = "I69", "negative scores ordered by magnitude"
+    killed_by, rule = "index-e4m3-f32-f32-prefill-codes", "certificate"
 
     def select(self, scores: Array, topk: int) -> Array:
         """Negative ones below all others, and the most negative of them first."""
@@ -152,6 +165,7 @@ class NegativeZeroLower(LightningIndex):
     """-0.0 is ordered below +0.0, as the integers of their bits are."""
 
     code, title = "I70", "-0.0 ordered below 0.0"
+    killed_by, rule = "index-e4m3-f32-f32-prefill-plateau", "ties"
 
     def select(self, scores: Array, topk: int) -> Array:
         """-0.0 just below 0.0."""
@@ -162,6 +176,7 @@ class TiesToHighest(LightningIndex):
     """Of equal scores the highest positions are kept, under a profile that declares the lowest."""
 
     code, title = "I71", "ties go to the highest position"
+    killed_by, rule = "index-e4m3-f32-f32-prefill-plateau", "ties"
 
     def select(self, scores: Array, topk: int) -> Array:
         """From the other end."""
@@ -172,6 +187,7 @@ class TieRuleFlips(TiesToHighest):
     """Which of equal scores are kept changes from run to run."""
 
     code, title, stands_for = "I37", "ties depend on the run", "sglang#31115"
+    killed_by, rule = "", ""
 
     def __init__(self, profile: Profile) -> None:
         super().__init__(profile)
@@ -191,6 +207,7 @@ class TiesByTile(TiesToHighest):
     """Rows behind the first eight of a request are computed in a tile that breaks ties the other way."""
 
     code, title, stands_for = "I91", "ties depend on the tile of query rows", "vllm-ascend#15053"
+    killed_by, rule = "index-bf16-f32-prefill-lattice", "ties"
 
     def row(self, call: Call, request: int, row: int) -> tuple[Array, Array]:
         """Which tile it is, remembered for the selection."""
@@ -206,6 +223,7 @@ class LastTileDropped(LightningIndex):
     """The keys behind the last full tile of 128 are never scored."""
 
     code, title = "I26", "last tile of keys dropped"
+    killed_by, rule = "index-e4m3-f32-f32-decode-out", "certificate"
 
     def scores(self, q: Array, k: Array, weights: Array, scale: Array) -> Array:
         """-inf there."""
@@ -217,6 +235,7 @@ class SixteenBitPositions(LightningIndex):
     """Positions are kept in 16 bits, so that keys from 65,536 on are not found."""
 
     code, title = "I72", "keys from 65,536 on are lost"
+    killed_by, rule = "index-e4m3-f32-f32-prefill-65537", "certificate"
 
     def select(self, scores: Array, topk: int) -> Array:
         """Before it."""
@@ -230,6 +249,7 @@ class NaNSpoilsTile(LightningIndex):
     """A NaN in one row's weights reaches the rows that are computed with it."""
 
     code, title = "I38", "a NaN spoils other rows"
+    killed_by, rule = "index-e4m3-f32-f32-prefill-visible-nan", "certificate"
 
     def run(self, call: Call) -> dict[str, Array]:
         """NaN weights in every row of a tile that holds one."""
@@ -254,6 +274,7 @@ class NaNSentinel(NaNLargest):
     """A NaN is answered with a sentinel in the place of a position."""
 
     code, title = "I79", "NaN answered with a sentinel"
+    killed_by, rule = "index-e4m3-f32-f32-prefill-visible-nan", "visible"
 
     def row(self, call: Call, request: int, row: int) -> tuple[Array, Array]:
         """For every NaN that was kept."""

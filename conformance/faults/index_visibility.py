@@ -13,6 +13,7 @@ class CausalOneTooMany(LightningIndex):
     """A row sees the key behind its last one."""
 
     code, title = "I15", "causal mask one key too long"
+    killed_by, rule = "index-e4m3-f32-f32-prefill-pow2", "visible"
 
     def causal_end(self, keys: int, rows: int, i: int) -> int:
         """One later."""
@@ -23,6 +24,7 @@ class CausalOneTooFew(LightningIndex):
     """A row does not see its own key."""
 
     code, title = "I16", "causal mask one key too short"
+    killed_by, rule = "index-e4m3-f32-f32-prefill-pow2", "certificate"
 
     def causal_end(self, keys: int, rows: int, i: int) -> int:
         """One earlier."""
@@ -33,6 +35,7 @@ class CausalTopLeft(LightningIndex):
     """Row i sees i + 1 keys, whatever came before the chunk."""
 
     code, title = "I52", "causal mask aligned top-left"
+    killed_by, rule = "index-e4m3-f32-f32-prefill-topk1", "certificate"
 
     def causal_end(self, keys: int, rows: int, i: int) -> int:
         """As if the context began with the chunk."""
@@ -43,6 +46,7 @@ class DraftRowsSeeAll(LightningIndex):
     """In decode every row of a request sees every key, so that a draft token sees its successors."""
 
     code, title, stands_for = "I53", "no causal mask among a request's decode rows", "ATOM#2118"
+    killed_by, rule = "index-e4m3-f32-f32-decode-paged64", "visible"
 
     def causal_end(self, keys: int, rows: int, i: int) -> int:
         """All keys where rows are few."""
@@ -53,6 +57,7 @@ class ShortContextNotCausal(LightningIndex):
     """Where a request has no more keys than topk, everything is selected and the mask forgotten."""
 
     code, title, stands_for = "I54", "no causal mask where topk holds every key", "vmlx#429"
+    killed_by, rule = "index-e4m3-f32-f32-decode-out", "tail"
 
     def span(self, call: Call, request: int, row: int) -> tuple[int, int]:
         """The whole of a short request."""
@@ -64,6 +69,7 @@ class NegativeEndWraps(LightningIndex):
     """The end of a row before its request's first key is computed without a sign, and clamped to the last key."""
 
     code, title = "I55", "row before the first key sees every key"
+    killed_by, rule = "index-e4m3-f32-f32-prefill-ragged", "tail"
 
     def causal_end(self, keys: int, rows: int, i: int) -> int:
         """Every key for a negative end."""
@@ -75,6 +81,7 @@ class EmptyRowSeesFirstKey(LightningIndex):
     """A row that sees nothing returns the first key, as a loop does that runs at least once."""
 
     code, title = "I56", "empty row returns a key"
+    killed_by, rule = "index-e4m3-f32-f32-decode-range", "tail"
 
     def span(self, call: Call, request: int, row: int) -> tuple[int, int]:
         """At least one key of a request that has any."""
@@ -86,6 +93,7 @@ class NotCausalIgnored(LightningIndex):
     """causal=False changes nothing."""
 
     code, title = "I57", "causal=False ignored"
+    killed_by, rule = "index-e4m3-f32-f32-prefill-not-causal", "visible"
 
     def span(self, call: Call, request: int, row: int) -> tuple[int, int]:
         """Causal."""
@@ -96,6 +104,7 @@ class RangeIgnored(LightningIndex):
     """key_start and key_end change nothing."""
 
     code, title = "I58", "key_start and key_end ignored"
+    killed_by, rule = "index-e4m3-f32-f32-decode-range", "tail"
 
     def span(self, call: Call, request: int, row: int) -> tuple[int, int]:
         """Causal."""
@@ -107,6 +116,7 @@ class RangeAndCausal(RangeIgnored):
     """Ranges are cut by the causal mask that they replace."""
 
     code, title = "I59", "key ranges cut by the causal mask"
+    killed_by, rule = "index-e4m3-f32-f32-prefill-range", "visible"
 
     def span(self, call: Call, request: int, row: int) -> tuple[int, int]:
         """The overlap of both."""
@@ -118,6 +128,7 @@ class RangeEndInclusive(LightningIndex):
     """key_end is read as the last key's position."""
 
     code, title = "I60", "key_end read as inclusive"
+    killed_by, rule = "index-e4m3-f32-f32-decode-range", "tail"
 
     def span(self, call: Call, request: int, row: int) -> tuple[int, int]:
         """One more at the end of a range."""
@@ -129,6 +140,7 @@ class RangeStartAligned(LightningIndex):
     """key_start is rounded down to a multiple of four for loading, and the keys before it are not masked."""
 
     code, title = "I61", "key_start rounded down to a multiple of 4"
+    killed_by, rule = "index-e4m3-f32-f32-decode-range", "visible"
 
     def span(self, call: Call, request: int, row: int) -> tuple[int, int]:
         """From the multiple on."""
@@ -140,6 +152,7 @@ class RangeInFlatRows(LightningIndex):
     """Ranges are read as flat rows of k, as DeepGEMM has them, where positions in the request are passed."""
 
     code, title, stands_for = "I62", "key ranges off by the request's offset", "sglang#12583"
+    killed_by, rule = "index-e4m3-f32-f32-prefill-range", "visible"
 
     def span(self, call: Call, request: int, row: int) -> tuple[int, int]:
         """Less the flat row at which the request begins."""
@@ -152,6 +165,7 @@ class PositionsFromRangeStart(LightningIndex):
     """Positions count from key_start, as the columns of compressed logits do."""
 
     code, title = "I63", "positions relative to key_start"
+    killed_by, rule = "index-e4m3-f32-f32-decode-range", "visible"
 
     def pad(self, chosen: Array, topk: int) -> Array:
         """From the first visible position on."""

@@ -31,6 +31,7 @@ class HeadDropped(LightningIndex):
     """One index head does not count."""
 
     code, title = "I89", "one head dropped"
+    killed_by, rule = "index-e4m3-f32-f32-decode-out", "certificate"
 
     def weights(self, weights: Array) -> Array:
         """Without head 5."""
@@ -41,6 +42,7 @@ class DimensionDropped(LightningIndex):
     """One of the dimensions does not count, as when a tail tile is one short."""
 
     code, title = "I90", "one dimension dropped"
+    killed_by, rule = "index-e4m3-f32-f32-decode-out", "certificate"
 
     def operands(self, q: Array, k: Array) -> tuple[Array, Array]:
         """Without the last dimension."""
@@ -51,6 +53,7 @@ class ScalePowerOfTwo(LightningIndex):
     """Key scales pass through ue8m0 and lose their significand."""
 
     code, title, stands_for = "I35", "key scales cut to powers of two", "FlashMLA#184"
+    killed_by, rule = "index-e4m3-f32-f32-decode-out", "certificate"
 
     def scale(self, scale: Array) -> Array:
         """Rounded down to a power of two."""
@@ -61,6 +64,7 @@ class HeadSumBfloat16(LightningIndex):
     """The sum over heads is kept in bfloat16."""
 
     code, title = "I10", "head sum in bfloat16"
+    killed_by, rule = "index-e4m3-f32-f32-prefill-cancel", "certificate"
 
     def head_sum(self, weights: Array, dots: Array) -> Array:
         """Rounded after every head."""
@@ -74,6 +78,7 @@ class WeightsBfloat16(LightningIndex):
     """Weights are rounded to bfloat16 on the way in."""
 
     code, title = "I6", "head weights rounded to bfloat16"
+    killed_by, rule = "index-e4m3-f32-f32-prefill-cancel", "certificate"
 
     def weights(self, weights: Array) -> Array:
         """As bfloat16."""
@@ -84,7 +89,7 @@ class KVBfloat16(SparseAttend):
     """Keys and values are rounded to bfloat16 where float32 is declared."""
 
     code, title = "A80", "keys and values in bfloat16 where float32 is declared"
-    killed_by, rule = "attend-f32-prefill-flat", "rms"
+    killed_by, rule = "attend-f32-decode-flat", "rms"
 
     def kv(self, kv: Array) -> Array:
         """As bfloat16."""
@@ -95,7 +100,7 @@ class ProbabilitiesBfloat16(SparseAttend):
     """Probabilities are rounded to bfloat16 where float32 is declared."""
 
     code, title = "A81", "probabilities in bfloat16 where float32 is declared"
-    killed_by, rule = "attend-f32-prefill-flat", "rms"
+    killed_by, rule = "attend-f32-decode-flat", "rms"
 
     def probabilities(self, shares: Array) -> Array:
         """As bfloat16."""
@@ -106,7 +111,7 @@ class BothBfloat16(KVBfloat16, ProbabilitiesBfloat16):
     """Keys, values and probabilities are all rounded to bfloat16 where float32 is declared."""
 
     code, title = "A82", "keys, values and probabilities in bfloat16 where float32 is declared"
-    killed_by, rule = "attend-f32-prefill-flat", "rms"
+    killed_by, rule = "attend-f32-decode-flat", "rms"
 
 
 INDEX_FAULTS = (HeadDropped, DimensionDropped, ScalePowerOfTwo, HeadSumBfloat16, WeightsBfloat16)

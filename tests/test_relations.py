@@ -1,0 +1,171 @@
+"""Cases of several calls: an honest kernel agrees with itself in every relation, and each relation is shown to fail."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from dsa_portable.conformance.cases.call import Call, Outputs, drive
+from dsa_portable.conformance.cases.catalogue import CASES
+from dsa_portable.conformance.cases.relation import RELATIONS, PipelineCase, RelationCase
+from dsa_portable.conformance.faults.implementation import LightningIndex, SparseAttend
+from dsa_portable.conformance.judge import Verdict, judge_case
+from dsa_portable.profile import Profile
+
+PROFILE = Profile(ties="lowest", deterministic=True)
+PROFILES = {"lightning_index": PROFILE, "sparse_attend": PROFILE}
+INDEX = "index-e4m3-f32-f32"
+SMALL = {
+    "rerun": (f"{INDEX}-prefill-rerun", "attend-bf16-decode-rerun-lse"),
+    "batch-mates": (f"{INDEX}-prefill-batch-mates", "attend-bf16-decode-batch-mates-lse"),
+    "query-slices": (f"{INDEX}-prefill-query-slices", "attend-bf16-prefill-query-slices-lse"),
+    "page-size": (f"{INDEX}-decode-page-size", "attend-bf16-decode-page-size-lse"),
+    "heads-reversed": (f"{INDEX}-symmetry-heads-reversed", "attend-bf16-symmetry-heads-reversed"),
+    "weights-times-8": (f"{INDEX}-symmetry-weights-times-8",),
+    "keys-reversed": (f"{INDEX}-symmetry-keys-reversed",),
+    "entries-reversed": ("attend-bf16-symmetry-entries-reversed",),
+    "values-shifted": ("attend-f32-values-shifted",),
+}
+
+
+def run(case: RelationCase | PipelineCase, index: LightningIndex, attend: SparseAttend) -> tuple[list[Call], list[Outputs]]:
+    outputs: list[Outputs] = []
+
+    def call(step: Call) -> Outputs:
+        with np.errstate(all="ignore"):
+            outputs.append((index if step.operator == "lightning_index" else attend).run(step))
+        return outputs[-1]
+
+    return drive(case.steps(), call), outputs
+
+
+def small(case_id: str) -> RelationCase:
+    """The case with fewer heads and keys, so that a NumPy kernel is quick."""
+    case = CASES[case_id]
+    assert isinstance(case, RelationCase)
+    requests = tuple((rows, min(keys, 300)) for rows, keys in case.base.requests)
+    return replace(case, base=replace(case.base, requests=requests, heads=8, topk=128))
+
+
+def verdict(case: RelationCase | PipelineCase, index: LightningIndex, attend: SparseAttend) -> Verdict:
+    calls, outputs = run(case, index, attend)
+    with np.errstate(all="ignore"):
+        return judge_case(case, calls, outputs, PROFILES)
+
+
+def test_every_relation_is_examined_here() -> None:
+    assert set(SMALL) == set(RELATIONS)
+    assert all(CASES[id].relation == name for name, ids in SMALL.items() for id in ids)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("case_id", [id for ids in SMALL.values() for id in ids])
+def test_an_honest_kernel_agrees_with_itself(case_id: str) -> None:
+    found = verdict(small(case_id), LightningIndex(PROFILE), SparseAttend(PROFILE))
+    assert found.status == "PASS", found.reason
+
+
+class Counting:
+    """Counts its calls: what depends on the number of the call depends on history."""
+
+    calls = 0
+
+
+def nudged(call: Call, outputs: dict[str, np.ndarray], by: int) -> dict[str, np.ndarray]:
+    """The results with the last bit of one lse changed, well within its bound."""
+    if not by:
+        return outputs
+    spoilt = {name: array.copy() for name, array in outputs.items()}
+    spoilt["lse"].reshape(-1).view("u4")[:1] ^= 1
+    return spoilt
+
+
+@pytest.mark.parametrize("relation", ["rerun", "batch-mates", "query-slices", "page-size"])
+def test_one_changed_bit_is_seen(relation: str) -> None:
+    class Moody(SparseAttend, Counting):
+        def run(self, call: Call) -> dict[str, np.ndarray]:
+            type(self).calls += 1
+            return nudged(call, super().run(call), self.calls > 1)
+
+    found = verdict(small(SMALL[relation][1]), LightningIndex(PROFILE), Moody(PROFILE))
+    assert found.status == "FAIL"
+    assert "elements differ" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("case_id", "words"),
+    [
+        (f"{INDEX}-prefill-rerun", "indices of call"),
+        (f"{INDEX}-prefill-batch-mates", "request"),
+        (f"{INDEX}-prefill-query-slices", "halves"),
+        (f"{INDEX}-decode-page-size", "indices of call"),
+    ],
+)
+def test_a_selection_that_flips_among_ties_is_seen(case_id: str, words: str) -> None:
+    """I37: every set is right by itself, but equal scores fall otherwise from call to call."""
+
+    class Flipping(LightningIndex, Counting):
+        def run(self, call: Call) -> dict[str, np.ndarray]:
+            type(self).calls += 1
+            return super().run(call)
+
+        def select(self, scores: np.ndarray, topk: int) -> np.ndarray:
+            order = np.argsort(-scores, kind="stable")
+            return (len(scores) - 1 - np.argsort(-scores[::-1], kind="stable") if self.calls // 2 % 2 else order)[:topk]
+
+    case = small(case_id)
+    tied = replace(case, base=replace(case.base, content="plateau"))
+    loose = {**PROFILES, "lightning_index": replace(PROFILE, ties="any")}
+    calls, outputs = run(tied, Flipping(PROFILE), SparseAttend(PROFILE))
+    with np.errstate(all="ignore"):
+        found = judge_case(tied, calls, outputs, loose)
+    assert found.status == "FAIL"
+    assert words in found.reason
+
+
+def test_a_declared_tie_rule_is_judged() -> None:
+    class Highest(LightningIndex):
+        def select(self, scores: np.ndarray, topk: int) -> np.ndarray:
+            return (len(scores) - 1 - np.argsort(-scores[::-1], kind="stable"))[:topk]
+
+    case = replace(CASES[f"{INDEX}-prefill-ties"], requests=((3, 400),), heads=8, topk=128)
+    for profile, status in ((PROFILE, "FAIL"), (replace(PROFILE, ties="any"), "PASS")):
+        calls: Sequence[Call] = [case.build()]  # type: ignore[union-attr]
+        found = judge_case(case, calls, [Highest(profile).run(calls[0])], {"lightning_index": profile})
+        assert found.status == status, found.reason
+    assert verdict_of_honest(case).status == "PASS"
+
+
+def verdict_of_honest(case: object) -> Verdict:
+    call = case.build()  # type: ignore[attr-defined]
+    return judge_case(case, [call], [LightningIndex(PROFILE).run(call)], PROFILES)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("end", ["prefill", "decode"])
+def test_a_pipeline_judges_both_ends(end: str) -> None:
+    case = CASES[f"end-to-end-{end}"]
+    assert isinstance(case, PipelineCase)
+    requests = ((2, 400), (1, 90))
+    case = replace(
+        case,
+        index=replace(case.index, requests=requests, heads=8, topk=128),
+        attend=replace(case.attend, requests=requests, heads=8, topk=128),
+    )
+    assert verdict(case, LightningIndex(PROFILE), SparseAttend(PROFILE)).status == "PASS"
+
+    class Worst(LightningIndex):
+        def select(self, scores: np.ndarray, topk: int) -> np.ndarray:
+            return np.argsort(scores, kind="stable")[:topk]
+
+    class Shifted(SparseAttend):
+        def valid(self, entries: np.ndarray, length: int) -> np.ndarray:
+            return np.maximum(super().valid(entries, length) - 1, 0)
+
+    wrong_indices = verdict(case, Worst(PROFILE), SparseAttend(PROFILE))
+    assert wrong_indices.status == "FAIL"
+    assert wrong_indices.reason.startswith("call 0 of 2")
+    wrong_keys = verdict(case, LightningIndex(PROFILE), Shifted(PROFILE))
+    assert wrong_keys.status == "FAIL"
+    assert wrong_keys.reason.startswith("call 1 of 2")
