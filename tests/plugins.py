@@ -76,7 +76,7 @@ def environment(folder: Path, **variables: str) -> dict[str, str]:
     """This process's environment with the plug-ins of `folder` and its scratch there, without what would change a run."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("DSA_", "TRITON_"))}
     path = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
-    # ONNX Runtime would leave a file in TMPDIR and call home; two BLAS threads in each of two processes only wait for each other.
+    # ONNX Runtime would leave a file in TMPDIR and call home; BLAS threads of two processes would wait for each other.
     ours |= {"ORT_DISABLE_TELEMETRY": "1", "OPENBLAS_NUM_THREADS": "1"}
     return {**ours, "PYTHONPATH": os.pathsep.join(path), "TMPDIR": str(folder), **variables}
 

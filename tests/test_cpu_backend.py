@@ -589,18 +589,24 @@ def test_index_tiles_of_keys_change_nothing(engine: str, monkeypatch: pytest.Mon
     np.testing.assert_array_equal(results[0], results[1])
 
 
-def check_attend_chunks(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More keys in a row than fit at once: the parts merge to what all of them give."""
+def check_attend_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More keys in a row than fit at once: the parts merge to what all of them give, and no less accurately at large logits."""
     monkeypatch.setenv("DSA_CPU_THREADS", "2")
-    monkeypatch.setenv("DSA_CPU_MEMORY", str(16 * MEBI))
-    parts = count(monkeypatch, attend_module, "attention_rows")
-    call = attend_call("f32", flat, seqlens=((2, 4000), (1, 3000)), dims=(576, 512), topk=2600, attn_sink=SINK)
-    check_attend(call)
-    assert parts.pop() > sum(bool(call.entries(row)) for row in range(len(call.owners)))
+    call = attend_call("f32", flat, seqlens=((2, 9000), (1, 7000)), dims=(576, 512), topk=4200, scale=5.0, attn_sink=SINK)
+    (truth, truth_lse), (other, other_lse) = (call.truth(row) for row in (1, 2))
+    parts, errors = count(monkeypatch, attend_module, "attention_rows"), []
+    for memory, least in ((1 << 30, 2), (16 * MEBI, 4)):
+        monkeypatch.setenv("DSA_CPU_MEMORY", str(memory))
+        out, lse = call.run()
+        assert parts.pop() >= least
+        np.testing.assert_allclose(lse[1:3], [truth_lse, other_lse], rtol=1e-6)
+        errors.append([np.linalg.norm(out[1] - truth), np.linalg.norm(out[2] - other)])
+    assert np.all(np.array(errors[0]) < 1e-3)
+    assert np.all(np.array(errors[1]) < 1.5 * np.array(errors[0]))
 
 
 def test_attend_chunks_change_nothing(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_attend_chunks(engine, monkeypatch)
+    check_attend_chunks(monkeypatch)
 
 
 class Counter(list[int]):
@@ -838,6 +844,21 @@ def _sum_of_all_but_one(engine: Any, q: NDArray, kv: NDArray, scale: float, valu
 
 _attend = numpy_module.Engine.attend
 
+
+def _merged_by_lse(
+    request: Any, engine: Any, q: NDArray, owner: int, positions: NDArray, step: int
+) -> tuple[NDArray, NDArray, NDArray]:
+    out, lse = np.float32(0), np.float32(-np.inf)
+    for first in range(0, len(positions), step):
+        where = attend_module.places(request.batch, owner, positions[first : first + step])
+        kv = attend_module.attention_rows(request.kv, request.kv_layout, where)
+        part, top, total = engine.attend(q, kv, request.softmax_scale, request.value_dim)
+        merged = np.logaddexp(lse, top + np.log(total))
+        out = out * np.exp(lse - merged)[..., None] + part * np.exp(top + np.log(total) - merged)[:, None]
+        lse = merged
+    return np.asarray(out), lse, np.ones_like(lse)
+
+
 FAULTS: list[tuple[str, Any, str, Any, Callable[[pytest.MonkeyPatch], None]]] = [
     ("ties at the highest", index_module, "top", _highest_ties, lambda m: check_exact(index_call("int8/f32/f32", flat))),
     ("NaN compared", index_module, "top", _nan_ignored, lambda m: check_spoilt("k", np.nan)),
@@ -845,7 +866,7 @@ FAULTS: list[tuple[str, Any, str, Any, Callable[[pytest.MonkeyPatch], None]]] = 
     ("table not followed", attend_module, "places", _first_page, lambda m: check_attend(attend_call("f32", paged))),
     ("-1 is the last key", attend_module, "_valid", _negative_wraps, lambda m: check_attend(attend_call("f32", flat))),
     ("lse of a sum", numpy_module.Engine, "attend", _sum_of_all_but_one, lambda m: check_attend(attend_call("f32", flat))),
-    ("parts merged by it", numpy_module.Engine, "attend", _sum_of_all_but_one, lambda m: check_attend_chunks("numpy", m)),
+    ("parts merged by lse", attend_module, "_attend", _merged_by_lse, check_attend_chunks),
 ]
 
 

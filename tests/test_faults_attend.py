@@ -1,4 +1,4 @@
-"""Every planted fault of sparse_attend fails on the case that it names, under a narrow and a wide profile; honest engines pass."""
+"""Every planted fault of sparse_attend fails on the case that it names, under a narrow and a wide profile; honest ones pass."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from dsa_portable.profile import Profile
 # The narrowest profile, and one as FlashMLA's: a wide profile must not buy a pass.
 NARROW, WIDE = Profile(), Profile(p="bfloat16", kv_compute="bfloat16")
 PROFILES = pytest.mark.parametrize("profile", [NARROW, WIDE], ids=["float32", "16-bit kv and p"])
-# What the wide profile declares, and A52, which its bound on lse hides except in an exact case.
-NARROW_ONLY = {"A52", "A80", "A81", "A82"}
+# What the wide profile declares, or is coarser than; and A52, which its bound on lse hides except in an exact case.
+NARROW_ONLY = {"A52", "A76", "A80", "A81", "A82"}
 # How the judge words the rule that was broken.
 WORDS = {
     "bound": "a proven bound",
@@ -183,17 +183,16 @@ class FiniteMask(SparseAttend):
 
 
 class OtherMaximum(SparseAttend):
-    """Subtracts more than the maximum."""
+    """Subtracts more than the maximum, which is all the same while probabilities are not rounded."""
 
     def maximum(self, logits: Array) -> Array:
         return super().maximum(logits) + np.float32(3.7)
 
 
-@PROFILES
 @pytest.mark.parametrize("kernel", [FiniteMask, OtherMaximum])
-@pytest.mark.parametrize("case_id", ["attend-bf16-decode-lse", "attend-f32-decode-flat", "attend-bf16-prefill-sink"])
-def test_what_cannot_be_observed_is_not_accused(kernel: type[SparseAttend], case_id: str, profile: Profile) -> None:
-    found = verdict(kernel, build(case_id), profile)
+@pytest.mark.parametrize("case_id", ["attend-bf16-decode-lse", "attend-f32-decode-flat", "attend-bf16-prefill-repeated"])
+def test_what_cannot_be_observed_is_not_accused(kernel: type[SparseAttend], case_id: str) -> None:
+    found = verdict(kernel, build(case_id), NARROW)
     assert found.status == "PASS", found.reason
 
 

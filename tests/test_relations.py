@@ -78,7 +78,8 @@ def nudged(call: Call, outputs: dict[str, np.ndarray], by: int) -> dict[str, np.
     if not by:
         return outputs
     spoilt = {name: array.copy() for name, array in outputs.items()}
-    spoilt["lse"].reshape(-1).view("u4")[:1] ^= 1
+    real = np.flatnonzero(np.isfinite(spoilt["lse"]))[:1]
+    spoilt["lse"].reshape(-1).view("u4")[real] ^= 1
     return spoilt
 
 

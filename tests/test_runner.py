@@ -521,7 +521,7 @@ def alive(pid: int) -> bool:
 # What ports get wrong, each in a copy of the CPU backend that is right otherwise, with the core cases that are there for it.
 LOOP, TOP = "for owner, rows in _chunks(request, ends):", "return np.flatnonzero(above)"
 SEES_ONE_MORE = "np.minimum(ends + 1, request.batch.seqlens_k[request.batch.request_of_row(len(ends))]) * (ends > 0)"
-ENGINE_CALL = "engine.attend(q, kv, request.softmax_scale, request.value_dim)"
+ROPE = "np.float32(np.arange(request.dims['Dqk']) < request.value_dim)"
 ROW_WEIGHTS, POSITIONS = "widen(request.weights[block])", "positions = request.indices[row, :limit].astype(np.int64)"
 FAULTS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "causal: one key too few": (
@@ -534,11 +534,11 @@ FAULTS: dict[str, tuple[Change, tuple[str, ...]]] = {
     ),
     "top-k: the best key exchanged for the first that was left out": (
         ("lightning_index.py", TOP, f"above[[np.argmax(keys), np.flatnonzero(~above)[0]]] = False, True\n    {TOP}"),
-        (f"{HEAD}-prefill-long",),
+        (f"{HEAD}-prefill-topk512",),
     ),
     "top-k: ties at the boundary displace better keys": (
         ("lightning_index.py", TOP, "return np.flatnonzero(keys >= threshold)[:topk]"),
-        (f"{HEAD}-prefill-long", f"{HEAD}-prefill-lattice"),
+        (f"{HEAD}-prefill-topk512", f"{HEAD}-prefill-lattice"),
     ),
     "k_scale rounded to a power of two": (
         ("rows.py", "else widen(k_scale[where])", "else np.exp2(np.rint(np.log2(widen(k_scale[where]))))"),
@@ -565,7 +565,7 @@ FAULTS: dict[str, tuple[Change, tuple[str, ...]]] = {
         ("attend-bf16-decode-flat", "attend-bf16-decode-lse"),
     ),
     "softmax scale 576^-0.5": (
-        ("sparse_attend.py", ENGINE_CALL, ENGINE_CALL.replace("request.softmax_scale", "width**-0.5")),
+        ("sparse_attend.py", "request.softmax_scale", "request.dims['Dqk'] ** -0.5"),
         ("attend-bf16-decode-flat",),
     ),
     "-1 read as the last key": (
@@ -577,7 +577,7 @@ FAULTS: dict[str, tuple[Change, tuple[str, ...]]] = {
         ("attend-bf16-decode-flat",),
     ),
     "rope part dropped": (
-        ("sparse_attend.py", "q = widen(request.q[row])", "q = widen(request.q[row])\n    q[:, request.value_dim :] = 0"),
+        ("sparse_attend.py", "widen(request.q[row])", f"widen(request.q[row]) * {ROPE}"),
         ("attend-bf16-prefill-onehot",),
     ),
 }

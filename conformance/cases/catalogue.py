@@ -21,7 +21,7 @@ _SMOKE_FORMATS = (core.HEADLINE, "bf16", "v32_fp8_656_nsr")
 _SMOKE_OMITS = (
     *("-long", "-paged128", "-heads16", "-page1", "-page16", "-page256", "-topk4096", "-dim64", "-heads8", "-dim512", "-pow2"),
 )
-_GRID = {f"-{case.id}" for case in (*core.INDEX_GRID, *core.ATTEND_GRID)}
+_GRID = (*(f"-{case.id}" for case in core.INDEX_GRID), *(f"-{case.id}" for case in core.ATTEND_GRID))
 LISTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "smoke": tuple(c.id for c in core.CASES if c.format in _SMOKE_FORMATS and not c.id.endswith((*_SMOKE_OMITS, *_GRID))),

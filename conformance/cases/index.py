@@ -21,6 +21,8 @@ LONG = {short: name for name, short in SHORT.items()}
 # Per operand: the power of two that brings `bell` (and the heads' weighted sum) into the format's usual range.
 OPERAND_SCALE = {"e4m3": 1.0, "int8": 0.25, "bf16": 2.0**-7, "f16": 2.0**-7, "f32": 2.0**-7}
 WEIGHT_SCALE = {"e4m3": 2.0**-24, "int8": 2.0**-20, "bf16": 2.0**-20, "f16": 2.0**-20, "f32": 2.0**-20}
+# Significand bits of the `cancel` weights: more than bfloat16 has, in float32 more than float16 and TF32 have.
+CANCEL_BITS = {"f32": 12, "f16": 10}
 # How much larger a key around the causal boundary is: it nearly always ranks among the best, so that one too many or few shows.
 BOUNDARY_BOOST = 8
 
@@ -37,7 +39,7 @@ class IndexCase(SingleCall):
     heads: int = 64
     head_dim: int = 128
     topk: int = 2048
-    content: str = "natural"  # natural, clustered, codes, lattice, cancel, plateau
+    content: str = "natural"  # natural, clustered, codes, lattice, ties, cancel, plateau
     power_of_two_scales: bool = False
     padding_rows: int = 0
     page_size: int | None = None
@@ -59,7 +61,7 @@ class IndexCase(SingleCall):
     @property
     def exact(self) -> bool:
         """True where every product and partial sum is a small multiple of one power of two."""
-        return self.content in ("lattice", "cancel", "plateau")
+        return self.content in ("lattice", "ties", "cancel", "plateau")
 
     def build(self, seed: str = "") -> Call:
         """The call; `seed` draws other values of the same shapes."""
@@ -68,7 +70,7 @@ class IndexCase(SingleCall):
         lengths = tuple(lk for _, lk in self.requests)
         storage = paged(name, lengths, self.page_size, self.shared_pages) if self.page_size else flat(lengths, self.gap)
         operand, weight, scale = self.format.split("/")
-        q, weights = self._queries(name, rows, operand)
+        q, weights = self._queries(name, rows, operand, weight)
         keys, scales = self._keys(name, storage, operand, scale)
         if self.visible_nan:
             # Row 0 carries a NaN itself; position 1 of the last request is a NaN key that only its own rows see.
@@ -90,19 +92,24 @@ class IndexCase(SingleCall):
             keys[r][~seen] = 127 if operand == "int8" else np.nan
             scales[r][~seen] = np.nan
 
-    def _queries(self, name: str, rows: int, operand: str) -> tuple[Array, Array]:
+    def _queries(self, name: str, rows: int, operand: str, weight: str) -> tuple[Array, Array]:
         shape = (rows, self.heads, self.head_dim)
         if self.content == "lattice":
             q = values.integers(f"{name}/q", shape, -2, 2).astype(np.float64)
             sign = values.integers(f"{name}/sign", shape[:2], 0, 3)
             weights = np.where(sign == 0, -1.0, 1.0) * 2.0 ** values.integers(f"{name}/weights", shape[:2], -2, 1)
+        elif self.content == "ties":
+            # So few values that many keys share the score at the boundary.
+            q = values.integers(f"{name}/q", shape, -1, 1).astype(np.float64)
+            weights = 1.0 - 2 * values.integers(f"{name}/weights", shape[:2], 0, 1)
         elif self.content == "cancel":
             # Heads come in pairs with equal queries and weights a and d - a: the score is sum d * dot, d in the low bits of a.
             half = values.integers(f"{name}/q", (rows, self.heads // 2, self.head_dim), -1, 1)
             q = np.repeat(half, 2, axis=1).astype(np.float64)
-            a = 1024 + values.integers(f"{name}/weights", (rows, self.heads // 2), 0, 1023)
+            bits = CANCEL_BITS[weight]
+            a = (1 << bits) + values.integers(f"{name}/weights", (rows, self.heads // 2), 0, (1 << bits) - 1)
             d = values.integers(f"{name}/difference", a.shape, 1, 3)
-            weights = np.stack([a, d - a], axis=2).reshape(rows, self.heads) * 2.0**-10
+            weights = np.stack([a, d - a], axis=2).reshape(rows, self.heads) * 2.0**-bits
         elif self.content == "plateau":
             q = values.integers(f"{name}/q", shape, 0, 2).astype(np.float64)
             weights = values.bell(f"{name}/weights", shape[:2]) * 2.0**-10
@@ -121,7 +128,7 @@ class IndexCase(SingleCall):
             shape, label = (lk, self.head_dim), f"{name}/k{r}"
             if self.content == "lattice":
                 key = values.integers(label, shape, -2, 2).astype(np.float64)
-            elif self.content == "cancel":
+            elif self.content in ("cancel", "ties"):
                 key = values.integers(label, shape, -1, 1).astype(np.float64)
             elif self.content == "plateau":
                 # Every other key gets a score of either sign, which a scale of 0 then makes +0.0 or -0.0.
@@ -140,8 +147,9 @@ class IndexCase(SingleCall):
             if scale == "-" or self.exact:
                 # Powers of two that vary from key to key, so that a scale read from the neighbour shows in exact cases too.
                 factor = 2.0 ** values.integers(f"{label}/scale", (lk,), -1, 1) if self.content == "lattice" else np.ones(lk)
-                if self.content == "plateau":
-                    factor[::2] = 0 if scale != "-" else 1
+                # A scale of 0 is legal: +0.0 or -0.0, whatever the key.
+                if self.content in ("plateau", "lattice") and scale != "-":
+                    factor[:: 2 if self.content == "plateau" else 5] = 0
             else:
                 factor = values.scales(f"{label}/scale", (lk,), self.power_of_two_scales).astype(np.float64)
                 if self.content == "clustered":

@@ -184,7 +184,7 @@ class AccumulatorBfloat16(SparseAttend):
     """The output is accumulated in bfloat16 from tile to tile."""
 
     code, title = "A13", "output accumulated in bfloat16"
-    killed_by, rule = "attend-bf16-prefill-heads16", "rms"
+    killed_by, rule = "attend-bf16-prefill-heads16", "bound"
     dtype = "bfloat16"
 
     def weigh(self, p: Array, values: Array) -> Array:
@@ -219,7 +219,7 @@ class TruncatingStore(SparseAttend):
     """The output is cut, not rounded."""
 
     code, title = "A29", "output truncated instead of rounded"
-    killed_by, rule = "attend-bf16-prefill-heads16", "bias"
+    killed_by, rule = "attend-bf16-prefill-heads16", "bound"
 
     def store(self, out: Array, dtype: np.dtype[Any]) -> Array:
         """One unit nearer to zero wherever rounding went away from it."""
@@ -1033,8 +1033,8 @@ UNOBSERVABLE: Mapping[str, str] = MappingProxyType(
             "entries differs, and that is A23"
         ),
         "something other than the row's maximum subtracted before exp": (
-            "numerator and normaliser are multiplied by the same exp(maximum - c), which cancels up to rounding; where it "
-            "overflows or underflows it is A11"
+            "numerator and normaliser are multiplied by the same exp(maximum - c), which cancels; 16-bit probabilities are "
+            "rounded elsewhere by it, as their profile allows, and where it overflows or underflows it is A11"
         ),
         "an entry of probability 0 gathered from memory that holds a finite number": (
             "0 times a finite number adds exactly 0; where the memory holds NaN it is A47"

@@ -209,7 +209,7 @@ class SubnormalsLost(LightningIndex):
     """A decoder of float8 in software takes the subnormals for 0."""
 
     code, title = "I49", "float8 subnormals read as 0"
-    killed_by, rule = "index-e4m3-f32-f32-prefill-codes", "scores"
+    killed_by, rule = "index-e4m3-f32-f32-prefill-codes-scores", "scores"
 
     def operands(self, q: Array, k: Array) -> tuple[Array, Array]:
         """0 below the smallest normal number of e4m3."""

@@ -187,7 +187,7 @@ class TieRuleFlips(TiesToHighest):
     """Which of equal scores are kept changes from run to run."""
 
     code, title, stands_for = "I37", "ties depend on the run", "sglang#31115"
-    killed_by, rule = "", ""
+    killed_by, rule = "index-e4m3-f32-f32-prefill-ties-rerun", "rerun"
 
     def __init__(self, profile: Profile) -> None:
         super().__init__(profile)
@@ -235,7 +235,7 @@ class SixteenBitPositions(LightningIndex):
     """Positions are kept in 16 bits, so that keys from 65,536 on are not found."""
 
     code, title = "I72", "keys from 65,536 on are lost"
-    killed_by, rule = "index-e4m3-f32-f32-prefill-65537", "certificate"
+    killed_by, rule = "index-e4m3-f32-f32-decode-long", "certificate"
 
     def select(self, scores: Array, topk: int) -> Array:
         """Before it."""
