@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("conformance", help="run the conformance suite on a backend and write its report")
     run.add_argument("--backend", help="name; default: DSA_BACKEND, else cpu")
-    run.add_argument("--level", default="core", help="the list to run: smoke or core (default core)")
+    run.add_argument("--level", default="core", help="the list to run: smoke, core, deterministic or full (default core)")
     run.add_argument("--out", type=Path, default=Path("dsa-report"), help="report directory (default dsa-report)")
     run.add_argument("--case", action="append", default=[], metavar="ID", help="run this case alone; may be repeated")
     run.add_argument("--list-cases", action="store_true", help="print the list's case ids and what each is for, and stop")

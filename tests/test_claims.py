@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -13,10 +14,12 @@ from dsa_portable.conformance import claims, lists
 from dsa_portable.conformance.cases.call import drive
 from dsa_portable.conformance.cases.catalogue import CASES, LISTS
 from dsa_portable.conformance.report.schema import NOT_GRANTED_WITH, CaseResult, Claim, Evidence, ProfileEntry, Status
+from dsa_portable.profile import Profile
 
 INDEX = ("lightning_index", "e4m3/f32/f32", "decode")
 ATTEND = ("sparse_attend", "bf16", "prefill")
 CORE = lists.FrozenList("core-2026.11", "core", {}, "c" * 64)
+DETERMINISTIC = Profile(ties="lowest", deterministic=True)
 Key = tuple[str, str, str]
 Used = Mapping[str, Any]
 
@@ -99,6 +102,7 @@ def claim(
     evidence: Evidence = Evidence.HARDWARE,
     frozen: lists.FrozenList = CORE,
     envelope: str | None = "exact",
+    profile: Profile = DETERMINISTIC,
     without_cases: tuple[str, ...] = (),
     **changes: dict[str, Any],
 ) -> Claim:
@@ -108,8 +112,8 @@ def claim(
         if id not in without_cases:
             rows.append(row(key, id, features, capabilities, **changes.get(id.replace(",", "").replace(" ", "_"), {})))
             used[rows[-1].id] = features
-    profile = ProfileEntry(operator=key[0], format=key[1], phase=key[2], envelope=envelope, profile={})
-    (found,) = claims.claims(rows, used, capabilities, [profile], evidence, frozen)
+    entry = ProfileEntry(operator=key[0], format=key[1], phase=key[2], envelope=envelope, profile=asdict(profile))
+    (found,) = claims.claims(rows, used, capabilities, [entry], evidence, frozen)
     return found
 
 
@@ -239,6 +243,14 @@ def test_which_lists_grant(level: str) -> None:
         assert (found.level, found.reason) == (None, "the list smoke-2026.11 grants no level")
     else:
         assert found.level == f"{level}-2026.11 exact"
+
+
+@pytest.mark.parametrize("profile", [Profile(), Profile(ties="lowest"), Profile(deterministic=True)])
+def test_the_deterministic_level_is_for_profiles_that_promise_it(profile: Profile) -> None:
+    frozen = lists.FrozenList("deterministic-2026.11", "deterministic", {}, "c" * 64)
+    found = claim(INDEX, frozen=frozen, profile=profile)
+    assert (found.level, found.reason) == (None, "the declared profile is not deterministic with ties to the lowest")
+    assert claim(INDEX, profile=profile).level == "core-2026.11 exact"
 
 
 def test_a_claim_stands_or_falls_by_its_own_cases() -> None:

@@ -109,14 +109,14 @@ class Deed:
 # In the order of the list, each in one run with all others; an ERROR costs the process, and the next deed has a fresh one.
 DEEDS = {
     "honest": Deed("decode-lengths", "return answer(request)", "PASS"),
-    "crash": Deed("decode-paged64", "os.kill(os.getpid(), signal.SIGSEGV)", reason="process was killed by SIGSEGV"),
+    "crash": Deed("decode-paged64", "os.kill(os.getpid(), signal.SIGSEGV)", reason="process was killed by SIGSEGV$"),
     "padding rows unwritten": Deed(
         "prefill-ragged",
         "empty = np.empty(request.results['indices'][1], np.int32)\n    empty[:-3] = answer(request)[:-3]\n    return empty",
         "FAIL",
         r"\(padding row\): entry 0 is 2147483647, expected -1",
     ),
-    "exit": Deed("prefill-paged64", "os._exit(3)", reason="process ended with exit code 3"),
+    "exit": Deed("prefill-paged64", "os._exit(3)", reason="process ended with exit code 3$"),
     "memory": Deed("prefill-lattice", "raise MemoryError('40 GiB')", reason="out of memory: 40 GiB"),
     "exception": Deed("decode-scores", r"raise RuntimeError('first\nsecond \x1b[31m')", reason="^RuntimeError: first\nsecond"),
     "one of two results": Deed("prefill-scores", "return answer(request)[0]", "FAIL", "1 arrays for indices, scores"),
@@ -145,7 +145,7 @@ DEEDS = {
         "FAIL",
         "^refused without having declared it: not today.$",
     ),
-    "leaves": Deed("prefill-visible-nan", "sys.exit(0)", reason="process ended with exit code 0"),
+    "leaves": Deed("prefill-visible-nan", "sys.exit(0)", reason="process ended with exit code 0$"),
     "dtype": Deed("prefill-unsorted", "return answer(request).astype(np.int64)", "FAIL", "indices is int64 .*expected int32"),
     "caller's rows unwritten": Deed(
         "decode-out",
