@@ -24,7 +24,7 @@ from dsa_portable.conformance.cases.attend import INVALID, AttendCase
 from dsa_portable.conformance.cases.call import Call, request_of
 from dsa_portable.conformance.cases.catalogue import CASES, HAZARDS, LISTS, Case
 from dsa_portable.conformance.cases.hazards import PORTABILITY
-from dsa_portable.conformance.cases.index import WEIGHT_SCALE, IndexCase
+from dsa_portable.conformance.cases.index import CANCEL_BITS, WEIGHT_SCALE, IndexCase
 from dsa_portable.formats import unpack
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -410,7 +410,7 @@ def test_exact_index_cases_are_exact_in_every_order(built: tuple[Single, Call]) 
         dots = 2 * q[row] @ abs(keys).T  # halves: keys without a scale carry it themselves
         assert np.array_equal(dots, np.rint(dots))
         assert dots.max(initial=0) <= 2048, "a dot product leaves the integers of float16"
-        units = 2.0**11 * abs(weights[row])
+        units = 2.0**13 * abs(weights[row])
         assert np.array_equal(units, np.rint(units))
         least = np.gcd.reduce(units.astype(np.int64))
         assert (units / least @ dots).max(initial=0) < 2**24, "a head sum leaves the integers of float32"
@@ -426,7 +426,7 @@ def test_exact_weights_survive_their_dtype(built: tuple[Single, Call]) -> None:
     if case.content == "lattice":
         assert set(abs(weights).ravel()) <= {0.25, 0.5, 1.0, 2.0}
     elif case.content == "cancel":
-        differences = (weights[:, 0::2] + weights[:, 1::2]) * 2.0**10
+        differences = (weights[:, 0::2] + weights[:, 1::2]) * 2.0 ** CANCEL_BITS[dtype]
         assert set(differences.ravel()) == {1, 2, 3}
         assert np.array_equal(call.arrays["q"][:, 0::2], call.arrays["q"][:, 1::2])
     elif case.content == "plateau":

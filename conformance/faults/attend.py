@@ -660,6 +660,17 @@ class LseIsMaximum(SparseAttend):
         return top
 
 
+class LseSplitMissing(SparseAttend):
+    """lse lacks the last of eight splits, which the output has."""
+
+    code, title = "A83", "last split missing from lse alone"
+    killed_by, rule = "attend-bf16-decode-lse", "lse"
+
+    def lse(self, top: Array, total: Array, sink: Array | None) -> Array:
+        """Of seven eighths of the sum."""
+        return super().lse(top, total * np.float32(1 - 1 / SPLITS), sink)
+
+
 class LseTransposed(SparseAttend):
     """lse is written heads first."""
 
@@ -1016,7 +1027,8 @@ ATTEND_FAULTS: tuple[type[SparseAttend], ...] = (
     CausalAgain, CausalTopLeft, ThresholdEntries, RangesApplied, LengthIgnored, LengthPerRequest, MaskedMultiplied,
     EmptyRowNaN, EmptyRowMean, EmptyRowPlusInfinity,
     SinkIgnored, SinkBaseTwo, SinkPerSplit, SinkNotShifted, SinkInMaximum, SinkOverflows, SinkBfloat16,
-    LseBaseTwo, LseWithSink, LseWithoutMaximum, LseBfloat16, LseIsMaximum, LseTransposed,
+    LseBaseTwo, LseWithSink, LseWithoutMaximum, LseBfloat16, LseIsMaximum, LseSplitMissing,
+    LseTransposed,
     ValuesOffset, FirstTileScale, ScalePowerOfTwo, ScaleBfloat16, NsrAsNrs, NrsAsNsr, SubnormalsFlushed, Fnuz,
     StalePage, TableIgnored, NeighbourTable, PageSizeAssumed, PageSizeShifted, TableStrideAssumed, FirstSlotOfPage,
     IndexAsSlot, IndexAsFlatRow, OffsetWraps, PageRounded, LengthFromOffsets, LongestForAll,
