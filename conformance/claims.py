@@ -9,7 +9,7 @@ from dsa_portable.capability import FEATURES, Capabilities, Feature
 from dsa_portable.conformance import lists
 from dsa_portable.conformance.cases.call import Call, request_of
 from dsa_portable.conformance.cases.catalogue import Case
-from dsa_portable.conformance.cases.relation import PipelineCase
+from dsa_portable.conformance.cases.relation import PipelineCase, RelationCase
 from dsa_portable.conformance.report.schema import NOT_GRANTED_WITH, CaseResult, Claim, Evidence, ProfileEntry, Status, tally
 from dsa_portable.profile import ENVELOPES
 
@@ -35,8 +35,8 @@ def undeclared(case: Case, calls: Sequence[Call], capabilities: Capabilities) ->
 
 def required(case: Case, used: Mapping[str, Any], capabilities: Capabilities) -> bool:
     """True where the claim falls without the case: it uses only required features, and of alternatives one that is declared."""
-    if isinstance(case, PipelineCase):
-        return False  # It needs both operators, in formats and sizes of its own choice; a claim is about one.
+    if isinstance(case, PipelineCase) or (isinstance(case, RelationCase) and case.relation == "page-size"):
+        return False  # It needs both operators, or several page sizes; a claim is about one operator, and one size is enough.
     declared = capabilities.get(case.operator, {})
     for feature in FEATURES[case.operator]:
         if feature.name == "format" or feature.name not in used:

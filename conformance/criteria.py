@@ -171,4 +171,6 @@ def error_floor(profile: Profile, row: Row, dtype: str) -> Float64:
     distance = (v * v).sum(axis=1) - 2 * (out @ v.T) + (out * out).sum(axis=1, keepdims=True)
     logits = np.sqrt((row.p * row.p * walk * np.maximum(distance, 0)).sum(axis=1))
     whole = max(UNIT_ROUNDOFF[dtype] / 2, 8 * u_acc) * np.linalg.norm(out, axis=1)
-    return np.asarray(np.maximum(whole, logits))
+    # Outputs that a sink has pressed to the end of float32's range keep no relative accuracy, as in (B).
+    tiny = SMALLEST_NORMAL["float32"] * np.sqrt(v.shape[1]) * (1 + abs(v).max())
+    return np.asarray(np.maximum(np.maximum(whole, logits), tiny))

@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("conformance", help="run the conformance suite on a backend and write its report")
     run.add_argument("--backend", help="name; default: DSA_BACKEND, else cpu")
     run.add_argument("--level", default="core", help="the list to run: smoke, core, deterministic or full (default core)")
-    run.add_argument("--out", type=Path, default=Path("dsa-report"), help="report directory (default dsa-report)")
+    run.add_argument("--out", type=Path, help="report directory (default dsa-report, with --case dsa-report-case)")
     run.add_argument("--case", action="append", default=[], metavar="ID", help="run this case alone; may be repeated")
     run.add_argument("--list-cases", action="store_true", help="print the list's case ids and what each is for, and stop")
     run.add_argument("--resume", action="store_true", help="go on with the interrupted run in the report directory")
@@ -105,7 +105,8 @@ def _conformance(options: argparse.Namespace) -> int:
     report = dsa_portable.conformance(
         backend=options.backend,
         level=options.level,
-        out=options.out,
+        # A rerun of one case must not replace the report that named it.
+        out=options.out or Path("dsa-report-case" if options.case else "dsa-report"),
         cases=options.case,
         resume=options.resume,
         timeout_scale=options.timeout_scale,

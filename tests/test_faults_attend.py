@@ -24,8 +24,8 @@ from dsa_portable.profile import Profile
 # The narrowest profile, and one as FlashMLA's: a wide profile must not buy a pass.
 NARROW, WIDE = Profile(), Profile(p="bfloat16", kv_compute="bfloat16")
 PROFILES = pytest.mark.parametrize("profile", [NARROW, WIDE], ids=["float32", "16-bit kv and p"])
-# What the wide profile declares, or is coarser than; and A52, which its bound on lse hides except in an exact case.
-NARROW_ONLY = {"A52", "A76", "A80", "A81", "A82"}
+# What the wide profile declares or is coarser than; A52 and A83 are hidden by its bound on lse, except in an exact case.
+NARROW_ONLY = {"A52", "A76", "A80", "A81", "A82", "A83"}
 # How the judge words the rule that was broken.
 WORDS = {
     "bound": "a proven bound",
@@ -131,6 +131,7 @@ HOLES: dict[str, Callable[[], Built]] = {
     "A74": lambda: variant("attend-bf16-decode-page256", page_size=61),
     "A75": lambda: changed("attend-bf16-decode-flat", ranges),
     "A77": lambda: changed("attend-bf16-decode-flat", other_scale),
+    "A83": lambda: variant("attend-bf16-prefill-mean", options=LSE),
     "A78": lambda: changed("attend-v32_fp8_656_nsr-decode-flat", small_codes),
 }
 built_hole = cache(lambda code: HOLES[code]())

@@ -17,6 +17,7 @@ import pytest
 
 import dsa_portable
 from dsa_portable import registry
+from dsa_portable.conformance.cases.catalogue import LISTS
 from dsa_portable.conformance.report.schema import Evidence, Status
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -134,10 +135,11 @@ def test_every_variable_is_in_the_readme() -> None:
     assert sorted(column(README, "variable")) == sorted(read)
 
 
-def test_every_status_class_code_and_backend_is_in_the_readme() -> None:
+def test_every_status_class_code_list_and_backend_is_in_the_readme() -> None:
     assert column(README, "case") == [status.value for status in Status]
     assert column(README, "class") == [evidence.value for evidence in Evidence]
     assert column(README, "exit code") == ["0", "1", "2", "3", "4"]
+    assert column(README, "list") == list(LISTS)
     built_in = {path.parent.name for path in (ROOT / "backends").glob("*/__init__.py")}
     rows = re.findall(r"^\| `(\w+)` \|(.*)$", README[README.index("## Support") : README.index("## How to read")], re.MULTILINE)
     assert {name for name, rest in rows if "planned | none" not in rest} == built_in

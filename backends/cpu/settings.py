@@ -16,6 +16,9 @@ import numpy as np
 from dsa_portable.backend import Device
 from dsa_portable.errors import DeviceUnavailable
 
+# ONNX Runtime reports home unless told otherwise; a library that is asked to compute must not.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 Float32: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 T = TypeVar("T")
 
