@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import queue
-import resource
 import shlex
 import signal
 import subprocess
@@ -530,10 +529,7 @@ class _Session:
                 started=self.started.isoformat(),
                 finished=finished.isoformat(),
                 seconds=(finished - self.started).total_seconds(),
-                peak_memory_bytes={
-                    "runner": environment.peak_memory(),
-                    "worker": max(self.worker_peak, environment.peak_memory(resource.RUSAGE_CHILDREN)),
-                },
+                peak_memory_bytes={"runner": environment.peak_memory(), "worker": self.worker_peak},
                 interrupted=self.interrupted,
                 resumed=self.resumed,
                 timeout_scale=self.scale,

@@ -22,7 +22,7 @@ LONG = {short: name for name, short in SHORT.items()}
 OPERAND_SCALE = {"e4m3": 1.0, "int8": 0.25, "bf16": 2.0**-7, "f16": 2.0**-7, "f32": 2.0**-7}
 WEIGHT_SCALE = {"e4m3": 2.0**-24, "int8": 2.0**-20, "bf16": 2.0**-20, "f16": 2.0**-20, "f32": 2.0**-20}
 # Significand bits of the `cancel` weights: more than bfloat16 has, in float32 more than float16 and TF32 have.
-CANCEL_BITS = {"f32": 11, "f16": 10}
+CANCEL_BITS = {"f32": 11, "f16": 10, "bf16": 7}
 # How much larger a key around the causal boundary is: it nearly always ranks among the best, so that one too many or few shows.
 BOUNDARY_BOOST = 8
 

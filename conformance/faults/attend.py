@@ -551,7 +551,7 @@ class SinkPerSplit(SparseAttend):
     """Each of two splits adds the sink to its own normaliser."""
 
     code, title = "A17", "sink counted once per split"
-    killed_by, rule = "attend-bf16-prefill-sink", "rms"
+    killed_by, rule = "attend-bf16-prefill-sink", "bound"
 
     def sink_share(self, sink: Array, top: Array) -> Array:
         """Twice."""
