@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,8 +25,7 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from dsa_portable import registry
-from dsa_portable.backend import Backend, Device
-from dsa_portable.capability import Capabilities
+from dsa_portable.backend import Device
 from dsa_portable.conformance import arrays_file, claims, environment, lists
 from dsa_portable.conformance.cases.call import Call, Outputs, drive, request_of, sha256_of
 from dsa_portable.conformance.cases.catalogue import CASES, Case
@@ -123,20 +122,6 @@ class Worker:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-
-
-@dataclass
-class _Plan:
-    """What a run consists of, settled before the first case."""
-
-    backend: Backend
-    hello: Mapping[str, Any]
-    device: Device
-    capabilities: Capabilities
-    frozen: lists.FrozenList
-    out: Path
-    scale: float
-    emulate: str | None
 
 
 def run(
