@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from dsa_portable.conformance import criteria, emulator, oracle
-from dsa_portable.conformance.cases.call import Call, Outputs
+from dsa_portable.conformance.cases.call import Call, Outputs, request_of
 from dsa_portable.conformance.cases.catalogue import Case
 from dsa_portable.profile import Profile
 
@@ -72,20 +72,9 @@ def judge(case: Case, call: Call, outputs: Outputs, profile: Profile) -> Verdict
     return verdict
 
 
-def _shapes(call: Call, outputs: Mapping[str, Array], verdict: Verdict) -> bool:
-    rows = len(call.arrays["q"])
-    expected: dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
-    if call.operator == "lightning_index":
-        expected = {"indices": (np.dtype(np.int32), (rows, call.options["topk"]))}
-        if call.options.get("return_scores"):
-            expected["scores"] = (np.dtype(np.float32), (rows, call.options["topk"]))
-    else:
-        heads = call.arrays["q"].shape[1]
-        expected = {"out": (call.arrays["q"].dtype, (rows, heads, call.options["value_dim"]))}
-        if call.options.get("return_lse"):
-            expected["lse"] = (np.dtype(np.float32), (rows, heads))
-    for name, (dtype, shape) in expected.items():
-        if name not in outputs or outputs[name].dtype != dtype or outputs[name].shape != shape:
+def _shapes(call: Call, outputs: Outputs, verdict: Verdict) -> bool:
+    for name, (dtype, shape) in request_of(call).results.items():
+        if name not in outputs or outputs[name].dtype.name != dtype or outputs[name].shape != shape:
             got = f"{outputs[name].dtype} {list(outputs[name].shape)}" if name in outputs else "nothing"
             verdict.fail(f"{name} is {got}, expected {dtype} {list(shape)}")
             return False

@@ -15,7 +15,8 @@ import pytest
 from dsa_portable.conformance.cases.attend import AttendCase
 from dsa_portable.conformance.cases.call import Call
 from dsa_portable.conformance.cases.catalogue import CASES, LISTS
-from dsa_portable.conformance.faults.attend import ATTEND_FAULTS, UNOBSERVABLE, with_arrays
+from dsa_portable.conformance.faults.attend import ATTEND_FAULTS, UNOBSERVABLE
+from dsa_portable.conformance.faults.call_edits import with_arrays
 from dsa_portable.conformance.faults.implementation import Array, SparseAttend
 from dsa_portable.conformance.judge import Verdict, judge
 from dsa_portable.formats import pack, unpack
