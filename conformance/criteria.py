@@ -124,19 +124,21 @@ class Row:
     p: Float64
     out: Float64
     lse: Float64
+    kv_unit: float  # unit roundoff of kv_compute where it changes this row's kv, else 0
+
+    @property
+    def values(self) -> Float64:
+        """[n, value_dim]."""
+        return self.kv[:, : self.value_dim]
 
 
 def attention_bound(profile: Profile, row: Row, dtype: str) -> RowBound:
     """Bound (B) and lse bound (L) of one row."""
-    q, kv, p, out, lse = row.q, row.kv, row.p, row.out, row.lse
+    q, kv, p, out, lse, v = row.q, row.kv, row.p, row.out, row.lse, row.values
     count, dim = kv.shape
-    u_kv = UNIT_ROUNDOFF[profile.kv_compute] if profile.kv_compute != "float32" else 0.0
-    u_p = UNIT_ROUNDOFF[profile.p] if profile.p != "float32" else 0.0
+    u_p = _rounding(profile.p)
     magnitudes = row.softmax_scale * (abs(q) @ abs(kv).T).max(axis=1)
-    factor = dot_gamma(profile.accumulator, dim, EXTRA_OPERATIONS) + u_kv
-    factor += UNIT_ROUNDOFF[profile.logit] if profile.logit != "float32" else 0.0
-    lam = factor * magnitudes
-    v = kv[:, : row.value_dim]
+    lam = (dot_gamma(profile.accumulator, dim, EXTRA_OPERATIONS) + row.kv_unit + _rounding(profile.logit)) * magnitudes
     total = p.sum(axis=1)
     # sum p |v - o| <= sqrt(sum p * sum p (v - o)^2), expanded so that it is one matrix product; the sink is a key of value 0.
     spread = p @ (v * v) - 2 * out * (p @ v) + total[:, None] * out * out
@@ -144,7 +146,7 @@ def attention_bound(profile: Profile, row: Row, dtype: str) -> RowBound:
     # Beyond e^600 the bound says nothing, and must not become inf times 0.
     theta = np.expm1(np.minimum(2 * lam, 600)) + 2 * profile.exp_ulp * 2.0**-24
     sums = 2 * dot_gamma(profile.accumulator, count, EXTRA_OPERATIONS)
-    bound = theta[:, None] * spread + (u_p + u_kv + sums) * (p @ abs(v))
+    bound = theta[:, None] * spread + (u_p + row.kv_unit + sums) * (p @ abs(v))
     rounding = UNIT_ROUNDOFF[dtype]
     bound = bound * (1 + rounding) + rounding * abs(out) + HALF_SUBNORMAL[dtype]
     # What a float32 exponent cannot hold may become 0: a sink that outweighs every key by more than 2^126, say.
@@ -159,18 +161,40 @@ def attention_bound(profile: Profile, row: Row, dtype: str) -> RowBound:
     return RowBound(bound, lse_bound + (u_p if profile.normaliser == "rounded" else 0.0))
 
 
+def _rounding(dtype: str) -> float:
+    return UNIT_ROUNDOFF[dtype] if dtype != "float32" else 0.0
+
+
+def _logit_walk(profile: Profile, row: Row) -> Float64:
+    """[Hq, n], tau^2 of judging 4.2: what rounding leaves in a logit if it is a random walk, squared."""
+    unit = profile.accumulator.unit_roundoff
+    return np.asarray(unit * unit * row.kv.shape[1] * row.softmax_scale**2 * ((row.q * row.q) @ (row.kv * row.kv).T))
+
+
 def error_floor(profile: Profile, row: Row, dtype: str) -> Float64:
     """[Hq], judging 4.2: the error per head below which no backend is accused, however lucky the emulator was.
 
-    Half an output rounding or eight additions of the whole; or what the rounding of the logits leaves if it is a random walk:
-    tau_j = u * sqrt(D) * |scale * q * k_j|, error = sqrt(sum (p_j tau_j |v_j - o|)^2), which rules where few keys share the
-    softmax.
+    Half an output rounding or eight additions of the whole; what random roundings of the logits leave,
+    sqrt(sum (p_j tau_j |v_j - o|)^2), which rules where few keys share the softmax; half a rounding of every probability.
     """
-    u_acc, v, out = profile.accumulator.unit_roundoff, row.kv[:, : row.value_dim], row.out
-    walk = u_acc * u_acc * row.kv.shape[1] * row.softmax_scale**2 * ((row.q * row.q) @ (row.kv * row.kv).T)
+    v, out = row.values, row.out
     distance = (v * v).sum(axis=1) - 2 * (out @ v.T) + (out * out).sum(axis=1, keepdims=True)
-    logits = np.sqrt((row.p * row.p * walk * np.maximum(distance, 0)).sum(axis=1))
-    whole = max(UNIT_ROUNDOFF[dtype] / 2, 8 * u_acc) * np.linalg.norm(out, axis=1)
+    squared = row.p * row.p
+    logits = np.sqrt((squared * _logit_walk(profile, row) * np.maximum(distance, 0)).sum(axis=1))
+    probabilities = _rounding(profile.p) / 2 * np.sqrt(squared @ (v * v).sum(axis=1))
+    whole = max(UNIT_ROUNDOFF[dtype] / 2, 8 * profile.accumulator.unit_roundoff) * np.linalg.norm(out, axis=1)
     # Outputs that a sink has pressed to the end of float32's range keep no relative accuracy, as in (B).
     tiny = SMALLEST_NORMAL["float32"] * np.sqrt(v.shape[1]) * (1 + abs(v).max())
-    return np.asarray(np.maximum(np.maximum(whole, logits), tiny))
+    return np.asarray(np.maximum.reduce([whole, logits, probabilities, np.full(len(out), tiny)]))
+
+
+def lse_floor(profile: Profile, row: Row) -> Float64:
+    """[Hq], judging 4.4: the error that random roundings leave in lse, which no lucky emulator may undercut.
+
+    sqrt(sum_j p_j^2 (tau_j^2 + that of kv + that of p_j, if the normaliser sums it rounded)), exp's error, and two roundings.
+    """
+    scaled = row.softmax_scale**2 * ((row.q * row.q) @ (row.kv * row.kv).T)
+    p = np.exp(row.softmax_scale * (row.q @ row.kv.T) - row.lse[:, None])
+    u_p = _rounding(profile.p) if profile.normaliser == "rounded" else 0.0
+    walk = _logit_walk(profile, row) + row.kv_unit**2 * scaled + u_p**2
+    return np.asarray(np.sqrt((p * p * walk).sum(axis=1)) + 2.0**-24 * (profile.exp_ulp + 2 * abs(row.lse)))

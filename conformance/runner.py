@@ -29,7 +29,7 @@ from dsa_portable.backend import Device
 from dsa_portable.conformance import arrays_file, claims, environment, lists
 from dsa_portable.conformance.cases.call import Call, Outputs, drive, request_of, sha256_of
 from dsa_portable.conformance.cases.catalogue import CASES, Case
-from dsa_portable.conformance.judge import Verdict, judge_case
+from dsa_portable.conformance.judge import judge_case
 from dsa_portable.conformance.report import schema, terminal, write
 from dsa_portable.conformance.report.schema import (
     BackendRef,
@@ -42,6 +42,7 @@ from dsa_portable.conformance.report.schema import (
     Run,
     Status,
 )
+from dsa_portable.conformance.verdict import Verdict
 from dsa_portable.errors import BackendError, DeviceUnavailable, DSAError
 from dsa_portable.profile import envelope
 
@@ -350,18 +351,18 @@ class _Session:
             return Verdict("ERROR", reply["reason"])
         if reply["status"] == "unsupported":
             if missing is None or reply["capability"] != missing[0].name:
-                return Verdict("FAIL", f"refused without having declared it: {reply['reason']}")
+                return Verdict.failed("capability", f"refused without having declared it: {reply['reason']}")
             return Verdict("UNSUPPORTED", f"as declared: '{missing[0].name}' = {missing[1]} is not offered")
         if missing is not None and not missing[0].in_call:
             return Verdict("UNSUPPORTED", f"as declared: '{missing[0].name}' is not offered")
         if missing is not None:
-            return Verdict("FAIL", f"answered although '{missing[0].name}' is not declared")
+            return Verdict.failed("capability", f"answered although '{missing[0].name}' is not declared")
         if reply["status"] == "malformed":
-            return Verdict("FAIL", f"the call returned {reply['reason']}")
+            return Verdict.failed("result", f"the call returned {reply['reason']}")
         if reply["inputs_sha256"] != self.frozen.cases[case.id]:
             return Verdict("ERROR", "the worker's process made other inputs than the list has")
         if reply["changed_inputs"]:
-            return Verdict("FAIL", f"the call wrote to its inputs: {', '.join(reply['changed_inputs'])}")
+            return Verdict.failed("inputs", f"the call wrote to its inputs: {', '.join(reply['changed_inputs'])}")
         profiles = {
             call.operator: self.declaration.profile(self.device, call.operator, request_of(call).format, case.phase)
             for call in calls
@@ -397,6 +398,7 @@ class _Session:
             hazards=list(case.hazards),
             why=case.why,
             status=Status(verdict.status),
+            rule=verdict.rule,
             reason=verdict.reason,
             metrics=verdict.metrics,
             selective_rows=verdict.selective_rows,

@@ -82,6 +82,7 @@ def row(key: Key, name: str, used: Used, capabilities: Capabilities, **changes: 
         "hazards": [],
         "why": "A hazard.",
         "status": status,
+        "rule": "certificate" if status is Status.FAIL else None,
         "reason": "" if status is Status.PASS else f"because {status}",
         "metrics": {},
         "selective_rows": 4 if key is INDEX else None,

@@ -13,7 +13,8 @@ from dsa_portable.conformance import criteria, oracle
 from dsa_portable.conformance.cases.attend import AttendCase
 from dsa_portable.conformance.cases.catalogue import CASES
 from dsa_portable.conformance.faults.implementation import LightningIndex, SparseAttend
-from dsa_portable.conformance.judge import Verdict, judge
+from dsa_portable.conformance.judge import judge
+from dsa_portable.conformance.verdict import Verdict
 from dsa_portable.profile import Accumulator, Profile
 
 SMALL = replace(CASES["attend-bf16-prefill-lse"], id="small", requests=((2, 90), (1, 5)), heads=4, topk=64)

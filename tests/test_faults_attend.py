@@ -18,7 +18,8 @@ from dsa_portable.conformance.cases.catalogue import CASES, LISTS
 from dsa_portable.conformance.faults.attend import ATTEND_FAULTS, UNOBSERVABLE
 from dsa_portable.conformance.faults.call_edits import with_arrays
 from dsa_portable.conformance.faults.implementation import Array, SparseAttend
-from dsa_portable.conformance.judge import Verdict, judge
+from dsa_portable.conformance.judge import judge
+from dsa_portable.conformance.verdict import Verdict
 from dsa_portable.formats import pack, unpack
 from dsa_portable.profile import Profile
 

@@ -11,7 +11,8 @@ from dsa_portable.conformance.cases.call import Call
 from dsa_portable.conformance.cases.catalogue import CASES, LISTS
 from dsa_portable.conformance.faults import numerics
 from dsa_portable.conformance.faults.implementation import LightningIndex, SparseAttend
-from dsa_portable.conformance.judge import Verdict, judge
+from dsa_portable.conformance.judge import judge
+from dsa_portable.conformance.verdict import Verdict
 from dsa_portable.profile import ENVELOPES, envelope
 
 # Core cases that together catch every index fault under every profile; small ones, as the truncating accumulator is slow.

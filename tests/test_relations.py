@@ -12,7 +12,8 @@ from dsa_portable.conformance.cases.call import Call, Outputs, drive
 from dsa_portable.conformance.cases.catalogue import CASES
 from dsa_portable.conformance.cases.relation import RELATIONS, PipelineCase, RelationCase
 from dsa_portable.conformance.faults.implementation import LightningIndex, SparseAttend
-from dsa_portable.conformance.judge import Verdict, judge_case
+from dsa_portable.conformance.judge import judge_case
+from dsa_portable.conformance.verdict import Verdict
 from dsa_portable.profile import Profile
 
 PROFILE = Profile(ties="lowest", deterministic=True)

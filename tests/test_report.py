@@ -58,6 +58,7 @@ def case(number: int, status: Status = P, key: tuple[str, str, str] = INDEX, **c
         "hazards": ["boundary", "paging"],
         "why": "The row sees one key more than topk.",
         "status": status,
+        "rule": "certificate" if status is F else None,
         "reason": "" if status is P else f"the reason of {status}",
         "metrics": {"margin": 1.5, "missed": 0},
         "selective_rows": 3 if operator == "lightning_index" else None,

@@ -138,7 +138,7 @@ class DotTruncated(LightningIndex):
     """Products are aligned and cut to 14 bits, as Hopper's tensor cores do, under a profile that says float32."""
 
     code, title = "I44", "14-bit truncating accumulator, undeclared"
-    killed_by, rule = "index-e4m3-f32-f32-decode-scores", "scores"
+    killed_by, rule = "index-e4m3-f32-f32-decode-scores", "score"
 
     def dots(self, q: Array, k: Array) -> Array:
         """Cut every 32 dimensions."""
@@ -160,7 +160,7 @@ class WeightsFloat16(LightningIndex):
     """float32 weights pass through float16."""
 
     code, title = "I46", "head weights rounded to float16"
-    killed_by, rule = "index-e4m3-f32-f32-decode-scores", "scores"
+    killed_by, rule = "index-e4m3-f32-f32-decode-scores", "score"
 
     def weights(self, weights: Array) -> Array:
         """As float16."""
@@ -171,7 +171,7 @@ class ScaleBfloat16(LightningIndex):
     """float32 key scales pass through bfloat16."""
 
     code, title = "I47", "key scales rounded to bfloat16"
-    killed_by, rule = "index-e4m3-f32-f32-decode-scores", "scores"
+    killed_by, rule = "index-e4m3-f32-f32-decode-scores", "score"
 
     def scale(self, scale: Array) -> Array:
         """As bfloat16."""
@@ -209,7 +209,7 @@ class SubnormalsLost(LightningIndex):
     """A decoder of float8 in software takes the subnormals for 0."""
 
     code, title = "I49", "float8 subnormals read as 0"
-    killed_by, rule = "index-e4m3-f32-f32-prefill-codes-scores", "scores"
+    killed_by, rule = "index-e4m3-f32-f32-prefill-codes-scores", "score"
 
     def operands(self, q: Array, k: Array) -> tuple[Array, Array]:
         """0 below the smallest normal number of e4m3."""

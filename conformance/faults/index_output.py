@@ -68,7 +68,7 @@ class ScoresNotReordered(LightningIndex):
     """Positions are sorted and their scores are left in the order of selection."""
 
     code, title = "I75", "returned scores in another order than positions"
-    killed_by, rule = "index-e4m3-f32-f32-decode-scores", "scores"
+    killed_by, rule = "index-e4m3-f32-f32-decode-scores", "score"
 
     def row(self, call: Call, request: int, row: int) -> tuple[Array, Array]:
         """Scores descending."""

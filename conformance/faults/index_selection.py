@@ -187,7 +187,7 @@ class TieRuleFlips(TiesToHighest):
     """Which of equal scores are kept changes from run to run."""
 
     code, title, stands_for = "I37", "ties depend on the run", "sglang#31115"
-    killed_by, rule = "index-e4m3-f32-f32-prefill-ties-rerun", "rerun"
+    killed_by, rule = "index-e4m3-f32-f32-prefill-ties-rerun", "agreement"
 
     def __init__(self, profile: Profile) -> None:
         super().__init__(profile)

@@ -158,7 +158,13 @@ class CaseResult(_Model):
     """One row of the list, whether or not it was run."""
 
     model_config = ConfigDict(
-        json_schema_extra=_when({"status": {"const": "PASS"}}, {"reason": {"const": ""}}, {"reason": {"minLength": 1}})
+        json_schema_extra={
+            "allOf": [
+                _when({"status": {"const": "PASS"}}, {"reason": {"const": ""}}, {"reason": {"minLength": 1}}),
+                _when({"status": {"const": "FAIL"}}, {"rule": {"type": "string"}}),
+                _when({"rule": {"type": "string"}}, {"status": {"enum": ["FAIL", "WAIVED"]}}),
+            ]
+        }
     )
 
     id: Line
@@ -169,6 +175,7 @@ class CaseResult(_Model):
     hazards: list[str]
     why: Named = Field(description="One sentence: the hazard that the case is for")
     status: Status
+    rule: Named | None = Field(description="The first rule of docs/judging.md that a FAIL broke; null for every other status")
     reason: Text = Field(description="Empty for PASS; otherwise one sentence")
     metrics: Metrics = Field(description='NaN and infinities are the strings "nan", "inf" and "-inf"')
     selective_rows: NonNegativeInt | None = Field(description="Index: rows that see more keys than topk")
@@ -185,6 +192,8 @@ class CaseResult(_Model):
     def _reasoned(self) -> CaseResult:
         if (self.status is Status.PASS) != (self.reason == ""):
             raise ValueError(f"case {self.id} is {self.status} with reason {self.reason!r}; every status but PASS has a reason")
+        if (self.rule is None) if self.status is Status.FAIL else (self.rule is not None and self.status is not Status.WAIVED):
+            raise ValueError(f"case {self.id} is {self.status} with rule {self.rule!r}; a FAIL names the rule it broke")
         return self
 
 

@@ -1,0 +1,274 @@
+"""Judging lightning_index: structure of every row, certificate of selective rows, population over the case, returned scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from dsa_portable.conformance import criteria, emulator, oracle
+from dsa_portable.conformance.cases.call import Call, Outputs
+from dsa_portable.conformance.cases.catalogue import Case
+from dsa_portable.conformance.verdict import Verdict
+from dsa_portable.profile import Profile
+
+Array: TypeAlias = np.ndarray[Any, Any]
+Float64: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row's visible positions, start on: true scores, their bounds (judging 3.1), and what the emulator makes of them."""
+
+    start: int
+    scores: Float64
+    bound: Float64
+    emulated: Float64
+    best: Array  # the topk of the true scores, where the row sees more; else empty
+    exchanged_emulated: int
+
+
+class IndexReference:
+    """Everything about a call that does not depend on what a backend returned; made once, it judges any number of results."""
+
+    def __init__(self, case: Case, call: Call, profile: Profile) -> None:
+        self.call, self.profile, self.exact = call, profile, case.exact
+        self.topk: int = call.options["topk"]
+        spans = list(oracle.rows(call))
+        self.spans = {row: (start, end) for row, _, start, end in spans}
+        self.requests = {row: request for row, request, _, _ in spans}
+        self.outside_range = self._outside_range()
+        self.spoilt = 0  # rows that see a NaN or infinity: well-formed or not, and no more is asked of them
+        self.rows = {} if self.outside_range else dict(self._rows())
+
+    def selective(self) -> int:
+        """Rows that see more than topk keys."""
+        return sum(end - start > self.topk for start, end in self.spans.values())
+
+    def _rows(self) -> Iterator[tuple[int, Row]]:
+        emulated = emulator.index_scores(self.call, self.profile)
+        kinds = (oracle.index_scores(self.call, f) for f in (_as_is, _weights_only, _all_magnitudes))
+        for (block, low, scores), (_, _, weighted), (_, _, magnitude) in zip(*kinds, strict=True):
+            for i, row in enumerate(range(block.start, block.stop)):
+                start, end = self.spans[row]
+                seen = slice(start - low, end - low)
+                if start == end:
+                    continue
+                if np.isfinite(scores[i, seen]).all():
+                    found = self._row(row, scores[i, seen], weighted[i, seen], magnitude[i, seen], emulated[row])
+                    yield row, found
+                else:
+                    self.spoilt += 1
+
+    def _row(self, row: int, scores: Float64, weighted: Float64, magnitude: Float64, emulated: Array) -> Row:
+        _, heads, dim = self.call.arrays["q"].shape
+        start = self.spans[row][0]
+        bound = criteria.score_bound(
+            self.profile,
+            scores,
+            weighted,
+            magnitude,
+            heads=heads,
+            dim=dim,
+            dots_exact=self.call.arrays["q"].dtype == np.int8 and self.profile.accumulator.bits >= 24,
+            exact=self.exact,
+            flushed=self._flushed(row, start, len(scores)),
+        )
+        own = emulated.astype(np.float64)
+        best, exchanged = np.empty(0, np.int64), 0
+        if len(scores) > self.topk:
+            best = np.argsort(-scores, kind="stable")[: self.topk]
+            exchanged = exchanged_keys(scores, best, np.argsort(-own, kind="stable")[: self.topk])
+        return Row(start, scores.copy(), bound, own, best, exchanged)
+
+    def _flushed(self, row: int, start: int, count: int) -> Float64 | float:
+        if self.profile.subnormals == "kept":
+            return 0.0
+        _, scale = oracle.index_keys(self.call, self.requests[row], np.arange(start, start + count))
+        return np.asarray(scale * np.maximum(1, abs(self.call.arrays["weights"][row].astype(np.float64))).sum())
+
+    def _outside_range(self) -> str:
+        if self.profile.finite_max > 1e30:
+            return ""
+        largest = 0.0
+        for row, request, start, end in oracle.rows(self.call):
+            keys, _ = oracle.index_keys(self.call, request, np.arange(start, end))
+            dots = self.call.arrays["q"][row].astype(np.float64) @ keys.T
+            largest = max(largest, float(abs(dots[np.isfinite(dots)]).max(initial=0)))
+        largest *= 2.0**self.profile.intermediate_exponent
+        return (
+            f"a dot product kept as {largest:.4g} leaves the declared finite range" if largest > self.profile.finite_max else ""
+        )
+
+
+def exchanged_keys(scores: Float64, best: Array, chosen: Array) -> int:
+    """Keys of `best` that `chosen` lacks, or has in excess; keys whose true score equals the k-th are interchangeable."""
+    missed, kept = np.setdiff1d(best, chosen), chosen
+    threshold = scores[best[-1]]
+    return max(int((scores[missed] > threshold).sum()), int((scores[kept] < threshold).sum()))
+
+
+class IndexJudge:
+    """One call's outputs against its reference."""
+
+    def __init__(self, reference: IndexReference, outputs: Outputs, verdict: Verdict) -> None:
+        self.reference, self.verdict = reference, verdict
+        self.indices, self.scores = outputs["indices"], outputs.get("scores")
+        self.exchanged = self.exchanged_emulated = 0
+        self.square_error = self.square_error_emulated = self.square_score = 0.0
+        self.compared, self.recall = 0, 1.0
+
+    def run(self) -> None:
+        """Judge all rows, structure first: a row that is malformed is not compared."""
+        reference, verdict = self.reference, self.verdict
+        verdict.selective_rows = reference.selective()
+        verdict.vacuous_rows = len(reference.spans) - verdict.selective_rows
+        wellformed = [self._structure(row) for row in range(len(self.indices))]
+        if reference.outside_range:
+            verdict.status, verdict.rule, verdict.reason = "UNSUPPORTED", None, reference.outside_range
+            return
+        if reference.spoilt:
+            verdict.metrics["spoilt_rows"] = reference.spoilt
+        for row, facts in reference.rows.items():
+            if wellformed[row]:
+                self._row(row, facts)
+        self._population()
+
+    def _structure(self, row: int) -> bool:
+        topk = self.reference.topk
+        start, end = self.reference.spans.get(row, (0, 0))
+        kept = min(topk, end - start)
+        chosen, tail = self.indices[row, :kept], self.indices[row, kept:]
+        kind = "padding row" if row not in self.reference.spans else f"row sees positions [{start}, {end})"
+        place = f"row {row} ({kind}): "
+        wrong = np.flatnonzero((chosen < start) | (chosen >= end))
+        if len(wrong):
+            self.verdict.fail("visible", f"{place}entry {wrong[0]} is {chosen[wrong[0]]}, expected {kept} visible positions")
+        elif len(np.unique(chosen)) < kept:
+            self.verdict.fail("unique", f"{place}{kept - len(np.unique(chosen))} of {kept} entries repeat another")
+        elif (tail != -1).any():
+            at = int(np.argmax(tail != -1))
+            self.verdict.fail("tail", f"{place}entry {kept + at} is {tail[at]}, expected -1 behind {kept} entries")
+        elif self.reference.call.options.get("sorted", True) and (np.diff(chosen) < 0).any():
+            at = int(np.argmax(np.diff(chosen) < 0)) + 1
+            self.verdict.fail("order", f"{place}positions do not ascend at entry {at}")
+        elif self.scores is not None and not (self.scores[row, kept:] == -np.inf).all():
+            self.verdict.fail("tail", f"{place}scores behind {kept} entries are not -inf")
+        else:
+            return True
+        return False
+
+    def _row(self, row: int, facts: Row) -> None:
+        topk = self.reference.topk
+        chosen = self.indices[row, : min(topk, len(facts.scores))].astype(np.int64) - facts.start
+        if len(facts.scores) > topk:
+            self._certificate(row, facts, chosen)
+        if self.scores is not None:
+            self._returned(row, facts, chosen)
+
+    def _certificate(self, row: int, facts: Row, chosen: Array) -> None:
+        scores, topk = facts.scores, self.reference.topk
+        v = criteria.margin(scores, facts.bound, chosen)
+        assert v is not None
+        self.verdict.worst("v", v)
+        exchanged = exchanged_keys(scores, facts.best, chosen)
+        self.exchanged += exchanged
+        self.exchanged_emulated += facts.exchanged_emulated
+        self.recall = min(self.recall, 1 - exchanged / topk)
+        self.verdict.metrics["recall"] = self.recall
+        if v > 1:
+            missed = np.setdiff1d(facts.best, chosen)
+            lost = missed[np.argmax(scores[missed])] if len(missed) else facts.best[0]
+            rank = int((scores > scores[lost]).sum()) + 1
+            self.verdict.fail(
+                "certificate",
+                f"row {row}: the set is no top {topk}: position {lost + facts.start} (rank {rank}, score {scores[lost]:.9g}) "
+                f"was left out for one of score {scores[chosen].min():.9g}; margin v = {v:.3g}, allowed 1; {exchanged} keys "
+                "exchanged",
+                row=row,
+                first_position=facts.start,
+                true_scores=scores,
+                bound=facts.bound,
+            )
+        self._tie_rule(row, facts, chosen)
+
+    def _tie_rule(self, row: int, facts: Row, chosen: Array) -> None:
+        """Where every legal rounding ties the same keys, a declared `lowest` names the one right set."""
+        profile = self.reference.profile
+        unrounded = profile.logit in ("float32", "float64") or not facts.scores.any()
+        if profile.ties != "lowest" or not self.reference.exact or not unrounded:
+            return
+        if not np.array_equal(np.sort(chosen), np.sort(facts.best)):
+            kept, lost = np.setdiff1d(chosen, facts.best), np.setdiff1d(facts.best, chosen)
+            self.verdict.fail(
+                "ties",
+                f"row {row}: of equal scores position {kept[-1] + facts.start} was kept and {lost[0] + facts.start} was not, "
+                "where the profile declares ties to the lowest",
+                row=row,
+                first_position=facts.start,
+                true_scores=facts.scores,
+            )
+
+    def _returned(self, row: int, facts: Row, chosen: Array) -> None:
+        assert self.scores is not None
+        scores = facts.scores[chosen]
+        got = self.scores[row, : len(chosen)].astype(np.float64)
+        error, allowed = abs(got - scores), facts.bound[chosen]
+        # A NaN must count as an error: nothing compares greater than it.
+        bad = ~(error <= allowed)
+        ratio = np.divide(error, allowed, out=np.where(bad, np.inf, 0.0), where=allowed > 0)
+        self.verdict.worst("score_error_over_bound", np.nan_to_num(ratio, nan=np.inf).max(initial=0))
+        if bad.any():
+            at = int(np.argmax(bad))
+            self.verdict.fail(
+                "score",
+                f"row {row}, position {chosen[at] + facts.start}: score is {got[at]:.9g}, expected {scores[at]:.9g} "
+                f"within {allowed[at]:.3g}",
+                row=row,
+                first_position=facts.start,
+                true_scores=facts.scores,
+                bound=facts.bound,
+            )
+        self.square_error += float((error**2).sum())
+        self.square_score += float((scores**2).sum())
+        self.square_error_emulated += float(((facts.emulated[chosen] - scores) ** 2).sum())
+        self.compared += len(chosen)
+
+    def _population(self) -> None:
+        metrics, verdict = self.verdict.metrics, self.verdict
+        if verdict.selective_rows:
+            limit = criteria.exchanged_limit(self.exchanged_emulated)
+            metrics |= {"exchanged": self.exchanged, "exchanged_emulated": self.exchanged_emulated}
+            metrics["exchanged_limit"] = limit
+            if self.exchanged > limit:
+                verdict.fail(
+                    "population",
+                    f"{self.exchanged} keys exchanged over {verdict.selective_rows} selective rows, where an honest kernel of "
+                    f"this profile exchanges {self.exchanged_emulated} and {limit:.1f} are allowed",
+                )
+        if self.compared:
+            error, own, typical = (
+                (total / self.compared) ** 0.5 for total in (self.square_error, self.square_error_emulated, self.square_score)
+            )
+            allowed = criteria.score_error_limit(own, self.reference.profile, typical)
+            metrics |= {"score_rms": typical, "score_rms_error": error, "score_rms_emulated": own, "score_rms_limit": allowed}
+            if not error <= allowed:
+                verdict.fail(
+                    "score rms",
+                    f"RMS error of returned scores is {error:.4g}, where the emulator has {own:.4g} and {allowed:.4g} is "
+                    "allowed",
+                )
+
+
+def _as_is(q: Array, k: Array, w: Array) -> tuple[Array, Array, Array]:
+    return q, k, w
+
+
+def _weights_only(q: Array, k: Array, w: Array) -> tuple[Array, Array, Array]:
+    return q, k, abs(w)
+
+
+def _all_magnitudes(q: Array, k: Array, w: Array) -> tuple[Array, Array, Array]:
+    return abs(q), abs(k), abs(w)
