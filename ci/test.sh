@@ -3,6 +3,7 @@
 #
 #   core    everything that needs no torch (the default)
 #   torch   tests/torch: tensors where arrays go, on the CPU
+#   cuda    tests/cuda: the CUDA backend in Triton's interpreter, and its kernels compiled for chips that are not there
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
@@ -11,14 +12,20 @@ shift || true
 case $suite in
   core)
     requirements=(--editable "$root[cpu,test]")
-    tests=(--ignore tests/torch)
+    tests=(--ignore tests/torch --ignore tests/cuda)
     ;;
   torch)
     requirements=(torch --editable "$root[cpu,test]")
     tests=(tests/torch)
     ;;
+  cuda)
+    requirements=(torch triton --editable "$root[cpu,test]")
+    tests=(tests/cuda)
+    # Triton reads it when a kernel is defined; the tests that compile start processes without it.
+    export TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1
+    ;;
   *)
-    echo "$suite is no test suite, but core and torch are; name one of them." >&2
+    echo "$suite is no test suite, but core, torch and cuda are; name one of them." >&2
     exit 2
     ;;
 esac

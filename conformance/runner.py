@@ -29,6 +29,7 @@ from dsa_portable.backend import Device
 from dsa_portable.conformance import arrays_file, claims, environment, lists
 from dsa_portable.conformance.cases.call import Call, Outputs, drive, request_of, sha256_of
 from dsa_portable.conformance.cases.catalogue import CASES, Case
+from dsa_portable.conformance.hosts import triton
 from dsa_portable.conformance.judge import judge_case
 from dsa_portable.conformance.report import schema, terminal, write
 from dsa_portable.conformance.report.schema import (
@@ -195,6 +196,7 @@ class _Session:
         self.rows: dict[str, CaseResult] = {}
         self.used: dict[str, dict[str, Any]] = {}
         self.reached: dict[str, bool] = {}
+        self.interpreted: dict[str, bool] = {}
         self.replaced, self.worker_peak, self.interrupted, self.stopped = 0, 0, False, ""
         self.started = datetime.now(timezone.utc)
 
@@ -278,9 +280,11 @@ class _Session:
             row = CaseResult(**entry["row"])
             if len(self.wanted) == len(self.frozen.cases) or row.id not in self.wanted:
                 self.rows[row.id], self.used[row.id], self.reached[row.id] = row, entry["used"], entry["reached"]
+                self.interpreted[row.id] = entry["interpreted"]
 
     def _entry(self, id: str) -> dict[str, Any]:
-        return {"row": self.rows[id].model_dump(mode="json"), "used": self.used[id], "reached": self.reached[id]}
+        seen = {"reached": self.reached[id], "interpreted": self.interpreted[id]}
+        return {"row": self.rows[id].model_dump(mode="json"), "used": self.used[id], **seen}
 
     # --- the cases ---
 
@@ -330,7 +334,7 @@ class _Session:
         if sha256_of([call.sha256() for call in calls]) != self.frozen.cases[id]:
             raise lists.ListError(f"the inputs of {id} are not those of {self.frozen.name}; reinstall the package.")
         self.used[id] = claims.features_of(case, next(call for call in calls if call.operator == case.operator))
-        self.reached[id] = bool(reply.get("reached"))
+        self.reached[id], self.interpreted[id] = bool(reply.get("reached")), bool(reply.get("interpreted"))
         verdict = self._verdict(case, calls, outputs, reply)
         artefact = self._keep(case, calls, outputs, verdict) if verdict.status == "FAIL" else None
         self.rows[id] = self._row(case, verdict, reply, artefact)
@@ -423,8 +427,10 @@ class _Session:
 
     def _evidence(self) -> tuple[Evidence, str]:
         """Set here, from the run, never by the backend."""
-        if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        if triton.requested():
             return Evidence.SIMULATED, "TRITON_INTERPRET is set: kernels ran in Triton's interpreter on the host"
+        if inside := [id for id, interpreted in self.interpreted.items() if interpreted]:
+            return Evidence.SIMULATED, f"the backend switched Triton's interpreter on, seen in {inside[0]} first"
         if self.emulate is not None:
             return Evidence.EMULATED, f"--emulate {self.emulate}"
         if {self.device.chip, self.device.driver} & {"", "unknown"}:

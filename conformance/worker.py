@@ -29,6 +29,7 @@ from dsa_portable.conformance import arrays_file
 from dsa_portable.conformance.cases.call import Call, Outputs, drive, request_of, sha256_of
 from dsa_portable.conformance.cases.catalogue import CASES
 from dsa_portable.conformance.environment import peak_memory
+from dsa_portable.conformance.hosts import triton
 from dsa_portable.errors import BackendError, Unsupported
 
 REFERENCES = frozenset(
@@ -104,7 +105,7 @@ class Runner:
             return answer | {"status": "malformed", "reason": str(exc)}
         self._check_health()
         shas = {"inputs_sha256": sha256_of(inputs), "outputs_sha256": sha256_of(outputs)}
-        return answer | shas | {"calls": len(outputs), "peak_memory": peak_memory()}
+        return answer | shas | {"calls": len(outputs), "peak_memory": peak_memory(), "interpreted": triton.interpreting()}
 
     def _call(self, call: Call, answer: dict[str, Any]) -> Outputs:
         """Put the inputs on the device, call, check the inputs, get the outputs; `answer` adds up what was seen."""
@@ -168,6 +169,7 @@ def main() -> None:
         answers.flush()
 
     try:
+        triton.prepare()
         backend, device = registry.load(name), registry.device(name)
         resolved = registry.select(None, device.kind).name
     except BackendError as exc:

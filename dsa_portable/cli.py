@@ -1,4 +1,4 @@
-"""The `dsa-portable` command: which backends there are, the conformance run, the ONNX export.
+"""The `dsa-portable` command: which backends there are, the conformance run, kernels built, the ONNX export.
 
 An error is one line and an exit code: 0 no failure; 1 a failure; 2 usage or harness; 3 nothing or not everything executed;
 4 backend unavailable.
@@ -21,9 +21,9 @@ from typing import Any, NoReturn
 import dsa_portable
 from dsa_portable import registry
 from dsa_portable.capability import FEATURES
-from dsa_portable.errors import BackendError, DSAError, InvalidArgument
+from dsa_portable.errors import BackendError, BackendNotImportable, DSAError, InvalidArgument
 
-USAGE, INCOMPLETE, UNAVAILABLE = 2, 3, 4
+FAILED, USAGE, INCOMPLETE, UNAVAILABLE = 1, 2, 3, 4
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -79,6 +79,11 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--timeout-scale", type=float, default=1.0, metavar="X", help="multiply every time limit")
     run.add_argument("--emulate", metavar="CHIP", help="let the backend stand in for a chip; the evidence is then EMULATED")
     run.set_defaults(run=_conformance)
+
+    build = commands.add_parser("compile", help="build the CUDA backend's kernels for chips that are not there; runs nothing")
+    build.add_argument("--target", required=True, metavar="CHIPS", help="for example sm_80,sm_90,sm_100,gfx942")
+    build.add_argument("--only", default="", metavar="TEXT", help="only configurations with this in their name")
+    build.set_defaults(run=_compile)
 
     export = commands.add_parser("export", help="write the CPU backend's operators as ONNX models")
     export.add_argument("what", choices=["onnx"])
@@ -156,6 +161,22 @@ def _values(values: Any) -> str:
         if isinstance(values, (tuple, list, frozenset))
         else repr(values)
     )
+
+
+def _compile(options: argparse.Namespace) -> int:
+    try:
+        importlib.import_module("triton")
+        rows = importlib.import_module("dsa_portable.backends.cuda.compile").table(options.target.split(","), options.only)
+    except ImportError as exc:
+        raise BackendNotImportable.because("cuda", exc, "pip install 'dsa-portable[cuda]'") from exc
+    print("evidence COMPILE-ONLY: built, 0 tests executed")
+    found = []
+    for row in rows:
+        print(row.line(), flush=True)
+        found.append(row)
+    if not found:
+        return INCOMPLETE
+    return FAILED if any(row.problem for row in found) else 0
 
 
 def _export(options: argparse.Namespace) -> int:

@@ -338,6 +338,14 @@ def test_evidence(
         assert "--emulate chip9" in rows(report)[SMALL].reproducer
 
 
+def test_an_interpreter_that_the_backend_switches_on_is_seen(tmp_path: Path) -> None:
+    source = "def index(request):\n    os.environ['TRITON_INTERPRET'] = '1'\n    return lightning_index(request)\n"
+    plugins.module(tmp_path, "sly", "operators=OURS", source)
+    _, report = conformance(tmp_path, "out", "--backend", "sly", cases=[SMALL])
+    assert (rows(report)[SMALL].status, report.evidence) == (Status.PASS, Evidence.SIMULATED)
+    assert report.evidence_reason == f"the backend switched Triton's interpreter on, seen in {SMALL} first"
+
+
 def test_a_run_of_refusals_is_evidence_of_nothing(tmp_path: Path) -> None:
     source = "def index(request):\n    raise Unsupported('not today.', 'out')\n"
     plugins.module(tmp_path, "shy", "operators=OURS", source)

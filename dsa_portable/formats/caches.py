@@ -45,6 +45,15 @@ class CachePart:
         return np.dtype(f"=u{self.dtype.itemsize}")
 
 
+class PartAddress(NamedTuple):
+    """Number i of the part of a token is at first + page * page_stride + slot * slot_stride + i, in numbers of `dtype`."""
+
+    dtype: str
+    first: int
+    page_stride: int
+    slot_stride: int
+
+
 @dataclass(frozen=True)
 class CacheLayout:
     """One packed cache: the parts of a token in the order of their bytes.
@@ -86,6 +95,17 @@ class CacheLayout:
     def key_dim(self) -> int:
         """Numbers per key: values, then rope."""
         return self.value_dim + self.rope_dim
+
+    def addresses(self, page_size: int) -> dict[str, PartAddress]:
+        """Where each part lies in a cache of such pages, for kernels that read it in place."""
+        found, start = {}, 0
+        for part in self.parts:
+            size = part.dtype.itemsize
+            first, token = (start * page_size, part.nbytes) if self.planar else (start, self.bytes_per_token)
+            page = page_size * self.bytes_per_token
+            found[part.name] = PartAddress(part.dtype.name, first // size, page // size, token // size)
+            start += part.nbytes
+        return found
 
     def _part(self, name: str) -> CachePart:
         return next(part for part in self.parts if part.name == name)

@@ -1,0 +1,1 @@
+"""Device code: Triton alone. The host tables that launch it are in ../configurations.py."""

@@ -1,0 +1,57 @@
+"""The one place where kernels are launched, and where a run can be recorded instead, to be compiled without a device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from dsa_portable.backends.cuda.configurations import Launch
+
+
+@dataclass(frozen=True)
+class Launched:
+    """One launch: the kernel, its arguments in order and its constants by name."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    constants: Mapping[str, Any]
+    configuration: Launch
+
+
+@dataclass(frozen=True)
+class _Recorder:
+    architecture: str
+    launches: list[Launched]
+
+
+_recorder: ContextVar[_Recorder | None] = ContextVar("dsa_portable_cuda_recorder", default=None)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], configuration: Launch, *arguments: Any, **constants: Any) -> None:
+    """Run a kernel over the grid; `constants` join the configuration's block sizes."""
+    constants |= configuration.blocks
+    recorder = _recorder.get()
+    if recorder is not None:
+        recorder.launches.append(Launched(kernel, arguments, constants, configuration))
+        return
+    kernel[grid](*arguments, **constants, num_warps=configuration.num_warps, num_stages=configuration.num_stages)
+
+
+@contextmanager
+def recorded(architecture: str) -> Iterator[list[Launched]]:
+    """Record what would be launched on an architecture by calls over tensors of torch's meta device, and run nothing."""
+    launches: list[Launched] = []
+    token = _recorder.set(_Recorder(architecture, launches))
+    try:
+        yield launches
+    finally:
+        _recorder.reset(token)
+
+
+def recording_for() -> str | None:
+    """The architecture that launches are recorded for, None where they run."""
+    recorder = _recorder.get()
+    return recorder.architecture if recorder else None

@@ -1,0 +1,102 @@
+"""lightning_index in Triton: a slab of rows is scored into bounded scratch, then selected exactly, slab by slab."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dsa_portable.arrays import dtype_name
+from dsa_portable.backends.cuda import configurations, device
+from dsa_portable.backends.cuda.kernels.lightning_index import score_rows
+from dsa_portable.backends.cuda.kernels.top_k import bound_rows, count_parts, pick_rows, scan_parts
+from dsa_portable.backends.cuda.launch import launch
+from dsa_portable.backends.cuda.rows import NO_PART, Rows, asking_for, deliver, find, parts_of, results_of, scratch_bytes
+from dsa_portable.request import IndexRequest
+
+
+def lightning_index(request: IndexRequest) -> Any:
+    """Indices, or (indices, scores) with `return_scores`; see dsa_portable.lightning_index."""
+    q = request.q.contiguous()
+    device.require(q, "lightning_index")
+    with device.of(q):
+        results = results_of(request, q)
+        if len(q):
+            _run(request, q, results)
+        return deliver(request, results)
+
+
+def _run(request: IndexRequest, q: torch.Tensor, results: list[torch.Tensor]) -> None:
+    rows, longest = find(request.batch, q, visible=True), max(1, request.batch.max_seqlen_k)
+    # Rows of the scratch begin at addresses that 16 divides.
+    stride = -(-longest // 4) * 4
+    slab = max(1, min(len(q), scratch_bytes() // (4 * stride)))
+    with asking_for("lightning_index", 4 * slab * stride):
+        logits = torch.empty((slab, stride), dtype=torch.float32, device=q.device)
+    for first in range(0, len(q), slab):
+        last = min(first + slab, len(q))
+        _score(request, q, rows, logits, first, last)
+        _select(request, rows, logits, results, first, last)
+
+
+def _score(request: IndexRequest, q: torch.Tensor, rows: Rows, logits: torch.Tensor, first: int, last: int) -> None:
+    architecture, name = device.architecture(q.device), dtype_name(q)
+    decode = name == "float8_e4m3fn" and not configurations.native_fp8(architecture)
+    configuration = configurations.score(architecture, name, request.dims["H"])
+    per_program = configurations.rows_per_program(request.batch.max_seqlen_q)
+    cache = parts_of("lightning_index", "k", request.k, request.k_layout)
+    if request.k_scale is not None:
+        cache["scale"] = parts_of("lightning_index", "k_scale", request.k_scale, None, axes=0)["values"]
+    k, scale = cache["values"], cache.get("scale", NO_PART)
+    assert k.numbers is not None
+    launch(
+        score_rows,
+        (-(-logits.stride(0) // configuration.blocks["BLOCK_K"]), -(-(last - first) // per_program)),
+        configuration,
+        q.view(torch.uint8) if decode else q,
+        request.weights.contiguous(),
+        k.numbers.view(torch.uint8) if decode else k.numbers,
+        scale.numbers,
+        rows.owner,
+        rows.start,
+        rows.end,
+        rows.cu_seqlens_q,
+        rows.cu_seqlens_k,
+        rows.block_table,
+        logits,
+        first,
+        last,
+        request.batch.num_requests,
+        rows.table_stride,
+        rows.page_size,
+        k.page_stride,
+        scale.first,
+        scale.page_stride,
+        logits.stride(0),
+        HEADS=request.dims["H"],
+        HEAD_DIM=request.dims["D"],
+        K_SLOT=k.slot_stride,
+        SCALE_SLOT=scale.slot_stride,
+        DECODE_E4M3=decode,
+        ROWS=per_program,
+    )
+
+
+def _select(
+    request: IndexRequest, rows: Rows, logits: torch.Tensor, results: list[torch.Tensor], first: int, last: int
+) -> None:
+    count, architecture = last - first, device.architecture(logits.device)
+    capacity, parts = configurations.capacity(request.topk), configurations.scan_parts(count)
+    with asking_for("lightning_index", count * (8 * capacity + 4 * parts + 4)):
+        candidates = torch.empty((count, capacity), dtype=torch.int64, device=logits.device)
+        counts = torch.empty((count, parts), dtype=torch.int32, device=logits.device)
+        bound = torch.empty(count, dtype=torch.float32, device=logits.device)
+    seen = (logits, rows.start, rows.end)
+    where = (first, logits.stride(0), request.topk)
+    scan, pick = configurations.scan(architecture), configurations.pick(capacity)
+    launch(bound_rows, (count,), configurations.BOUND, *seen, bound, *where, CAPACITY=capacity)
+    if parts > 1:
+        launch(count_parts, (count, parts), scan, *seen, bound, counts, *where, PARTS=parts)
+    launch(scan_parts, (count, parts), scan, *seen, bound, counts, candidates, *where, PARTS=parts, CAPACITY=capacity)
+    scores = results[1] if request.return_scores else None
+    launch(pick_rows, (count,), pick, *seen, counts, candidates, results[0], scores, *where, PARTS=parts, CAPACITY=capacity)

@@ -1,0 +1,131 @@
+"""Faults planted in the kernels' own text, each caught by a named case; the same copy without the fault passes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from . import planted
+
+ATTEND, INDEX, TOP_K, ROWS = (f"kernels/{name}.py" for name in ("sparse_attend", "lightning_index", "top_k", "rows"))
+# Room for no more candidates than are chosen: every long row has too many.
+SMALL = ("configurations.py", "((2048, 8192), (8192, 16384))", "((2048, 2048),)")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A text of the backend and what stands there instead; `setting` is edited in the honest twin too."""
+
+    title: str
+    edit: planted.Edit
+    case: str
+    rule: str
+    setting: tuple[planted.Edit, ...] = ()
+
+
+FAULTS = (
+    Fault(
+        "holes are not masked",
+        (
+            ATTEND,
+            'tl.where(named[None, :], logits * (softmax_scale * LOG2_E), float("-inf"))',
+            "logits * (softmax_scale * LOG2_E)",
+        ),
+        "attend-bf16-decode-flat",
+        "bound",
+    ),
+    Fault("-1 names a key", (ATTEND, "named = (position >= 0)", "named = (position >= -1)"), "attend-bf16-decode-out", "bound"),
+    Fault(
+        "parts are merged as if slots came second",
+        (ATTEND, "place = (tl.cast(local, tl.int64) * PARTS + part)", "place = (part * num_slots + tl.cast(local, tl.int64))"),
+        "attend-bf16-decode-flat",
+        "bound",
+    ),
+    Fault(
+        "the sink counts in every part",
+        (
+            ATTEND,
+            "    if SPLIT:\n        place =",
+            "    if SPLIT:\n"
+            "        if attn_sink is not None:\n"
+            "            share = tl.load(attn_sink + head, mask=real_head, other=0.0) * LOG2_E - top\n"
+            "            total += tl.exp2(tl.minimum(share, 100.0))\n"
+            "        place =",
+        ),
+        "attend-bf16-decode-sink",
+        "bound",
+    ),
+    Fault(
+        "exp2 without log2(e)",
+        (ATTEND, "logits * (softmax_scale * LOG2_E)", "logits * softmax_scale"),
+        "attend-bf16-decode-flat",
+        "rms",
+    ),
+    Fault(
+        "the last tile is dropped",
+        (ATTEND, "range(begin, limit, BLOCK_K)", "range(begin, limit - BLOCK_K, BLOCK_K)"),
+        "attend-bf16-decode-flat",
+        "bound",
+    ),
+    Fault(
+        "one tile's scale for all",
+        (ATTEND, "* scale[:, :, None]", "* tl.max(scale, axis=1)[:, None, None]"),
+        "attend-v32_fp8_656_nsr-decode-flat",
+        "bound",
+    ),
+    Fault(
+        "a page twice as large, the index cache's",
+        ("sparse_attend.py", "            rows.page_size,\n", "            2 * rows.page_size,\n"),
+        "attend-bf16-decode-lse",
+        "bound",
+    ),
+    Fault(
+        "candidates beyond the buffer are dropped",
+        (TOP_K, "(found < topk) | (found > CAPACITY)", "found < topk"),
+        "index-e4m3-f32-f32-decode-scores",
+        "certificate",
+        (SMALL,),
+    ),
+    Fault(
+        "one key's scale for a tile",
+        (INDEX, "tl.load(k_scale + scale_offset,", "tl.load(k_scale + scale_offset // 4 * 4,"),
+        "index-e4m3-f32-f32-prefill-topk1",
+        "certificate",
+    ),
+    Fault(
+        "weights in bfloat16",
+        (
+            INDEX,
+            "weight = tl.load(weights + wide_row * HEADS + head).to(tl.float32)",
+            "weight = tl.load(weights + wide_row * HEADS + head).to(tl.bfloat16).to(tl.float32)",
+        ),
+        "index-e4m3-f32-f32-prefill-cancel",
+        "certificate",
+    ),
+    Fault(
+        "the causal end of the row before",
+        (ROWS, "other=0) - 1 - row)", "other=0) - row)"),
+        "index-e4m3-f32-f32-prefill-topk1",
+        "visible",
+    ),
+)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.title)
+def test_a_planted_fault_is_caught_by_its_case(tmp_path: Path, fault: Fault) -> None:
+    package = planted.copy(tmp_path, f"planted_{FAULTS.index(fault)}", *fault.setting, fault.edit)
+    found = planted.verdict(package, fault.case)
+    assert (found.status, found.rule) == ("FAIL", fault.rule), found.reason
+
+
+TWINS = sorted({(fault.case, fault.setting) for fault in FAULTS})
+
+
+@pytest.mark.parametrize("twin", TWINS, ids=lambda twin: twin[0])
+def test_the_honest_twin_passes(tmp_path: Path, twin: tuple[str, tuple[planted.Edit, ...]]) -> None:
+    case, setting = twin
+    package = planted.copy(tmp_path, f"honest_{TWINS.index(twin)}", *setting)
+    found = planted.verdict(package, case)
+    assert found.status == "PASS", found.reason
