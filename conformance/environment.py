@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import resource
@@ -74,8 +75,12 @@ def _container() -> str:
 
 
 def _commit() -> tuple[str, bool | None]:
-    """Of the checkout this file lies in; a wheel has none."""
+    """Of the checkout this file lies in, or the one that its wheel was built from (setup.py)."""
     folder = Path(__file__).resolve().parent.parent
+    built_from = Path(__file__).with_name("commit.json")
+    if built_from.exists():
+        carried = json.loads(built_from.read_text(encoding="utf-8"))
+        return carried["commit"], carried["dirty"]
     if not (folder / ".git").exists():
         return "unknown", None
     try:

@@ -6,9 +6,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 from dsa_portable.backends.cuda.configurations import Launch
+from dsa_portable.errors import InvalidArgument
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,29 @@ class _Recorder:
 _recorder: ContextVar[_Recorder | None] = ContextVar("dsa_portable_cuda_recorder", default=None)
 
 
+def capturing() -> bool:
+    """True while the current stream is being captured into a CUDA graph."""
+    cuda = import_module("torch").cuda
+    return bool(cuda.is_available() and cuda.is_current_stream_capturing())
+
+
+@cache
+def _forbid_compiling_in_capture() -> None:
+    """From here on a capture that would have to compile a kernel of ours is refused, as no program can be loaded there."""
+    runtime = import_module("triton").knobs.runtime
+    before = runtime.jit_cache_hook
+
+    def hook(*, fn: Any, **rest: Any) -> Any:
+        if str(fn.module).startswith("dsa_portable.") and capturing():
+            raise InvalidArgument(
+                f"kernel {fn.name} is not compiled yet, but this stream is being captured into a graph; make the same call "
+                "once before the capture."
+            )
+        return before(fn=fn, **rest) if before else None
+
+    runtime.jit_cache_hook = hook
+
+
 def launch(kernel: Any, grid: tuple[int, ...], configuration: Launch, *arguments: Any, **constants: Any) -> None:
     """Run a kernel over the grid; `constants` join the configuration's block sizes."""
     constants |= configuration.blocks
@@ -37,6 +63,8 @@ def launch(kernel: Any, grid: tuple[int, ...], configuration: Launch, *arguments
     if recorder is not None:
         recorder.launches.append(Launched(kernel, arguments, constants, configuration))
         return
+    if capturing():
+        _forbid_compiling_in_capture()
     kernel[grid](*arguments, **constants, num_warps=configuration.num_warps, num_stages=configuration.num_stages)
 
 

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dsa_portable.arrays import beside
+from dsa_portable.arrays import beside, on_host
 from dsa_portable.backends.cuda.configurations import FIND
 from dsa_portable.backends.cuda.kernels.rows import find_rows
-from dsa_portable.backends.cuda.launch import launch
+from dsa_portable.backends.cuda.launch import capturing, launch
 from dsa_portable.batch import Batch
 from dsa_portable.errors import InvalidArgument, Unsupported
 from dsa_portable.formats import layout
@@ -51,6 +51,11 @@ NO_PART = Part(None, 0, 0, 0)
 
 def find(batch: Batch, q: torch.Tensor, *, visible: bool) -> Rows:
     """Who owns each row and, with `visible`, which keys it sees; the batch is copied to q's device where it is not there."""
+    if capturing() and any(array is not None and on_host(array) for array in batch.flatten()[0]):
+        raise InvalidArgument(
+            "the batch holds host arrays, but this stream is being captured into a graph, which would replay them as they are; "
+            "put the batch on the device."
+        )
     rows = q.shape[0]
     owner, *seen = torch.empty((3 if visible else 1, rows), dtype=torch.int32, device=q.device)
     start, end = seen if visible else (None, None)
