@@ -10,7 +10,16 @@ from dsa_portable.conformance import lists
 from dsa_portable.conformance.cases.call import Call, request_of
 from dsa_portable.conformance.cases.catalogue import Case
 from dsa_portable.conformance.cases.relation import PipelineCase, RelationCase
-from dsa_portable.conformance.report.schema import NOT_GRANTED_WITH, CaseResult, Claim, Evidence, ProfileEntry, Status, tally
+from dsa_portable.conformance.report.schema import (
+    NOT_GRANTED_WITH,
+    CaseResult,
+    Claim,
+    Evidence,
+    ProfileEntry,
+    Status,
+    exit_code_of,
+    tally,
+)
 from dsa_portable.profile import ENVELOPES
 
 
@@ -76,6 +85,13 @@ def claims(
             )
         )
     return result
+
+
+def level(earned: Sequence[Claim], rows: Sequence[CaseResult], frozen: lists.FrozenList) -> str | None:
+    """The list's level: every claim is granted, and all of the list ran without failure; a selection earns claims at most."""
+    if not earned or not all(claim.level for claim in earned) or exit_code_of(rows):
+        return None
+    return f"{frozen.name} {'/'.join(sorted({claim.envelope or '' for claim in earned}))}"
 
 
 def _obstacle(

@@ -501,8 +501,7 @@ class _Session:
         evidence, reason = self._evidence()
         profiles = self._profiles()
         earned = claims.claims(rows, self.used, self.capabilities, profiles, evidence, self.frozen)
-        envelopes = sorted({claim.envelope or "" for claim in earned})
-        level = f"{self.frozen.name} {'/'.join(envelopes)}" if earned and all(claim.level for claim in earned) else None
+        level = claims.level(earned, rows, self.frozen)
         finished = datetime.now(timezone.utc)
         return Report(
             backend=self._backend_ref(),

@@ -265,6 +265,23 @@ def test_a_claim_stands_or_falls_by_its_own_cases() -> None:
     assert sum(index.counts.values()) == len(INDEX_LIST)
 
 
+@pytest.mark.parametrize("status", [Status.NOT_RUN, Status.FAIL, Status.ERROR])
+def test_the_list_s_level_needs_the_whole_list(status: Status) -> None:
+    """A case of no claim (its format is not declared) costs no claim, but was not run, or failed where it should be refused."""
+    mine = [row(INDEX, id, used, EVERYTHING) for id, used in INDEX_LIST.items()]
+    other = row(ATTEND, "flat", FLAT_ATTEND, EVERYTHING, status=status)
+    earned = [claim(INDEX)]
+    assert earned[0].level == "core-2026.11 exact"
+    assert claims.level(earned, mine, CORE) == "core-2026.11 exact"
+    assert claims.level(earned, [*mine, other], CORE) is None
+    assert claims.level([], mine, CORE) is None
+
+
+def test_the_list_s_level_names_every_envelope() -> None:
+    earned = [claim(INDEX, envelope="reduced"), claim(ATTEND)]
+    assert claims.level(earned, [row(INDEX, "flat", FLAT_INDEX, EVERYTHING)], CORE) == "core-2026.11 exact/reduced"
+
+
 @pytest.mark.parametrize(
     ("key", "used", "features", "required"),
     [

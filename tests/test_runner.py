@@ -425,6 +425,23 @@ def test_a_declaration_is_kept_to_the_letter(tmp_path: Path) -> None:
     assert f"none of {CASES} cases was executed" in report.verdict
 
 
+HALF = """
+FEW = {"sparse_attend": {**CPU.capabilities(None)["sparse_attend"], "format": ("f16",)}}
+"""
+
+
+def test_all_cases_of_the_one_declared_format_earn_its_claims_and_not_the_list(tmp_path: Path) -> None:
+    """Whoever selects what can pass saves the time of many refusals, and must not lose the report for it."""
+    plugins.module(tmp_path, "half", "capabilities=lambda device: FEW", HALF)
+    cases = [id for id in lists.load("core").cases if id.startswith("attend-f16-")]
+    done, report = conformance(tmp_path, "out", "--backend", "half", cases=cases, level="core")
+    assert {id: row.status for id, row in seen(report).items()} == dict.fromkeys(cases, Status.PASS)
+    assert {claim.level for claim in report.claims} == {f"{report.list.name} exact"}
+    assert (done.returncode, report.level) == (3, None)
+    assert done.stdout.splitlines()[-1] == report.verdict
+    assert report.verdict.startswith(f"INCOMPLETE: {report.list.cases - len(cases)} of {report.list.cases} cases were not run")
+
+
 # --- interruption ----------------------------------------------------------------------------------------------------------
 
 
