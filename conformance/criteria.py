@@ -17,7 +17,7 @@ Array: TypeAlias = np.ndarray[Any, Any]
 Float64: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 
 KAPPA = 3.0  # judging 4.2: error per row and head against the emulator's
-SLOPE = 1.5e-3  # judging 4.3: bias against the emulator's
+SLOPE = 1.5e-3  # judging 4.3: bias beyond what the emulator's accounts for
 # Roundings of a logit, or of an output, beyond those of its dot product: the scale and its own rounding, a change of base (2),
 # the subtraction of the maximum (2), and the rescaling and division at the end (2).
 EXTRA_OPERATIONS = 8
@@ -103,6 +103,11 @@ def exchanged_limit(emulated: int) -> float:
 def score_error_limit(emulated: float, profile: Profile, typical: float) -> float:
     """Judging 3.2: RMS error of returned scores, given the emulator's and the scores' own RMS."""
     return 4 * max(emulated, UNIT_ROUNDOFF[profile.logit] / 2 * typical)
+
+
+def slope_excess(slope: float, emulated: float) -> float:
+    """Judging 4.3: how far a bias lies outside what the emulator's accounts for: any part of its lean, none included."""
+    return abs(slope - float(np.clip(slope, np.minimum(0.0, emulated), np.maximum(0.0, emulated))))
 
 
 @dataclass(frozen=True)

@@ -86,9 +86,10 @@ class AttendJudge:
             # Rows weigh alike: by energy, a few rows of few keys would outweigh all the long ones.
             bias, own = (float(np.mean(side)) for side in zip(*self.slopes, strict=True))
             self.verdict.metrics |= {"slope": bias, "slope_emulated": own}
-            if not abs(bias - own) < criteria.SLOPE:
+            if not criteria.slope_excess(bias, own) < criteria.SLOPE:
                 self.verdict.fail(
-                    "bias", f"bias slope is {bias:.3g}, the emulator's {own:.3g}, and {criteria.SLOPE} between them is allowed"
+                    "bias",
+                    f"bias slope is {bias:.3g}, allowed {criteria.SLOPE} beyond the span from 0 to the emulator's {own:.3g}",
                 )
 
     def _empty(self, row: int, kind: str) -> None:

@@ -168,6 +168,41 @@ def test_each_attention_rule_can_fail(kernel: type[SparseAttend], case_id: str, 
     assert words in found.reason
 
 
+TRUNCATING = Profile(accumulator=Accumulator(14, "RZ", 32))
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.003, 0.997])
+@pytest.mark.parametrize("logits", ["peaked", "flat"])
+def test_being_better_than_declared_is_no_bias(logits: str, factor: float) -> None:
+    """A kernel of float32, under a profile whose emulator leans by more than the bias rule's constant on the peaked case."""
+    case = replace(CASES["attend-bf16-prefill-flat"], requests=((3, 4000),), heads=4, logits=logits)
+    call = case.build()
+    outputs = SparseAttend(Profile()).run(call)
+    outputs = {**outputs, "out": (outputs["out"].astype(np.float32) * np.float32(factor)).astype(outputs["out"].dtype)}
+    found = judge(case, call, outputs, TRUNCATING)
+    lean = found.metrics["slope_emulated"]
+    assert isinstance(lean, float)
+    assert (lean < -3 * criteria.SLOPE) == (logits == "peaked")
+    # 0.3% towards 0 costs less than the declared truncation, where that leans by more; the flat case tells it apart.
+    honest = factor == 1 or (factor < 1 and logits == "peaked")
+    assert (found.status, found.rule) == (("PASS", None) if honest else ("FAIL", "bias"))
+
+
+def test_truncating_in_another_order_is_no_bias() -> None:
+    case = replace(CASES["attend-bf16-prefill-flat"], requests=((3, 4000),), heads=4, logits="peaked")
+    assert isinstance(case, AttendCase)
+    assert _attend(case, TRUNCATING).status == "PASS"
+
+
+@pytest.mark.parametrize("emulated", [-0.004, 0.0, 0.004])
+def test_bias_is_what_lies_beyond_the_emulator_s_lean(emulated: float) -> None:
+    for slope in np.linspace(-0.01, 0.01, 41):
+        outside = max(min(0.0, emulated) - slope, slope - max(0.0, emulated), 0.0)
+        assert criteria.slope_excess(slope, emulated) == pytest.approx(outside, abs=1e-15)
+    assert np.isnan([criteria.slope_excess(np.nan, emulated), criteria.slope_excess(emulated, np.nan)]).all()
+    assert criteria.slope_excess(np.inf, emulated) == np.inf
+
+
 class Structure(LightningIndex):
     """An honest kernel whose indices are then spoilt by `spoil`."""
 
