@@ -180,14 +180,16 @@ def error_floor(profile: Profile, row: Row, dtype: str) -> Float64:
     """[Hq], judging 4.2: the error per head below which no backend is accused, however lucky the emulator was.
 
     Half an output rounding or eight additions of the whole; what random roundings of the logits leave,
-    sqrt(sum (p_j tau_j |v_j - o|)^2), which rules where few keys share the softmax; half a rounding of every probability.
+    sqrt(sum (p_j tau_j |v_j - o|)^2), which rules where few keys share the softmax; half a rounding of every probability; one
+    rounding of lse (the keys' own), which exp(x - lse) and merging splits by lse cost.
     """
     v, out = row.values, row.out
     distance = (v * v).sum(axis=1) - 2 * (out @ v.T) + (out * out).sum(axis=1, keepdims=True)
     squared = row.p * row.p
     logits = np.sqrt((squared * _logit_walk(profile, row) * np.maximum(distance, 0)).sum(axis=1))
     probabilities = _rounding(profile.p) / 2 * np.sqrt(squared @ (v * v).sum(axis=1))
-    whole = max(UNIT_ROUNDOFF[dtype] / 2, 8 * profile.accumulator.unit_roundoff) * np.linalg.norm(out, axis=1)
+    relative = np.maximum(max(UNIT_ROUNDOFF[dtype] / 2, 8 * profile.accumulator.unit_roundoff), 2.0**-24 * abs(row.lse))
+    whole = relative * np.linalg.norm(out, axis=1)
     # Outputs that a sink has pressed to the end of float32's range keep no relative accuracy, as in (B).
     tiny = SMALLEST_NORMAL["float32"] * np.sqrt(v.shape[1]) * (1 + abs(v).max())
     return np.asarray(np.maximum.reduce([whole, logits, probabilities, np.full(len(out), tiny)]))

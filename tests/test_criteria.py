@@ -203,6 +203,40 @@ def test_bias_is_what_lies_beyond_the_emulator_s_lean(emulated: float) -> None:
     assert criteria.slope_excess(np.inf, emulated) == np.inf
 
 
+def keys_share(sink: np.ndarray | None, lse: np.ndarray) -> np.ndarray:
+    """[Hq, 1], what a sink leaves to the keys."""
+    return np.ones((len(lse), 1), np.float32) if sink is None else 1 / (1 + np.exp(sink - lse))[:, None]
+
+
+class ByLse(SparseAttend):
+    """Probabilities are exp(logit - lse), with an lse of float32."""
+
+    def attend(self, q, kv, softmax_scale, value_dim, sink):  # type: ignore[no-untyped-def]
+        _, lse = super().attend(q, kv, softmax_scale, value_dim, None)
+        p = np.exp(self.logits(q.astype(np.float32), kv, softmax_scale) - lse[:, None])
+        return self.weigh(p, self.values(kv, value_dim)) * keys_share(sink, lse), lse
+
+
+class SplitsByLse(SparseAttend):
+    """Four splits of the keys, merged by their lse of float32."""
+
+    def attend(self, q, kv, softmax_scale, value_dim, sink):  # type: ignore[no-untyped-def]
+        parts = [super(SplitsByLse, self).attend(q, part, softmax_scale, value_dim, None) for part in np.array_split(kv, 4)]
+        outs, lses = (np.stack(side) for side in zip(*parts, strict=True))
+        lse = np.logaddexp.reduce(lses, axis=0)
+        return (np.exp(lses - lse)[:, :, None] * outs).sum(axis=0) * keys_share(sink, lse), lse
+
+
+@pytest.mark.parametrize("sink", [False, True])
+@pytest.mark.parametrize("kernel", [ByLse, SplitsByLse])
+def test_float32_may_round_its_lse(kernel: type[SparseAttend], sink: bool) -> None:
+    """At |lse| = 150 that one rounding moves a row by 2^-17, ten times what anything else in float32 costs."""
+    case = replace(CASES["attend-f32-prefill-flat"], requests=((3, 4000),), heads=64, logits="hot", sink=sink)
+    assert isinstance(case, AttendCase)
+    found = _attend(case, Profile(), kernel)
+    assert found.status == "PASS", found.reason
+
+
 class Structure(LightningIndex):
     """An honest kernel whose indices are then spoilt by `spoil`."""
 
