@@ -1,10 +1,11 @@
 """NumPy arrays and torch tensors look the same from here: dtype by name, device by name, host memory shared and never copied.
 
-torch is never imported: a torch tensor can only reach us from a caller who has imported it already.
+torch is imported by `from_numpy` alone, on its first call: any other tensor comes from a caller who has imported it already.
 """
 
 from __future__ import annotations
 
+import importlib
 import operator
 import reprlib
 import sys
@@ -83,8 +84,8 @@ def to_numpy(array: Array) -> np.ndarray[Any, Any]:
 
 
 def from_numpy(array: np.ndarray[Any, Any]) -> Array:
-    """The same host memory as a torch tensor; torch is imported already. Raises InvalidArgument for negative strides."""
-    torch = sys.modules["torch"]
+    """The same host memory as a torch tensor. Raises ImportError without torch, InvalidArgument for negative strides."""
+    torch = importlib.import_module("torch")
     if any(stride < 0 for stride in array.strides):
         raise InvalidArgument(f"an array, {describe(array)}, has a negative stride, which torch cannot share; pass a copy.")
     bits = _BITS.get(array.dtype.name)

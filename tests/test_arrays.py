@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -69,3 +70,10 @@ def test_row_numbers() -> None:
     rows = arrays.row_numbers(3, np.zeros(1))
     assert rows.tolist() == [0, 1, 2]
     assert rows.dtype == np.int32
+
+
+def test_without_torch_a_tensor_is_an_import_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert not arrays.is_torch(np.zeros(2))
+    with pytest.raises(ImportError, match="torch"):
+        arrays.from_numpy(np.zeros(2))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -67,6 +69,25 @@ def test_a_tensor_that_needs_a_gradient() -> None:
 def test_a_negative_stride_is_refused() -> None:
     with pytest.raises(InvalidArgument, match=r"^an array, int64 \[3\] on cpu, has a negative stride, .*; pass a copy\.$"):
         arrays.from_numpy(np.arange(3)[::-1])
+
+
+def test_the_first_tensor_imports_torch() -> None:
+    """A backend's `put` may be the first in its process that needs torch; before it, nothing of ours has imported it."""
+    code = """
+import sys
+import numpy as np
+from dsa_portable import arrays
+array = np.arange(3)
+assert (arrays.kind(array), arrays.as_kind(array, "numpy") is array) == ("numpy", True)
+assert (arrays.namespace(array), arrays.cast(array, "int32").dtype) == (np, np.int32)
+assert "torch" not in sys.modules
+tensor = arrays.from_numpy(array)
+assert tensor.data_ptr() == array.__array_interface__["data"][0]
+assert (arrays.kind(tensor), arrays.namespace(tensor)) == ("torch", sys.modules["torch"])
+assert arrays.dtype_name(arrays.cast(tensor, "bfloat16")) == "bfloat16"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_beside() -> None:
