@@ -123,8 +123,7 @@ def _name(stored: str, launched: Launched) -> str:
     blocks = " ".join(f"{name.removeprefix('BLOCK_')}{size}" for name, size in launched.configuration.blocks.items())
     shape = f"w{launched.configuration.num_warps} s{launched.configuration.num_stages}"
     rows = f" rows{launched.constants['ROWS']}" if "ROWS" in launched.constants else ""
-    split = " split" if launched.constants.get("SPLIT") else ""
-    return f"{kernel} {stored} {blocks} {shape}{rows}{split}"
+    return f"{kernel} {stored} {blocks} {shape}{rows}"
 
 
 def compiled(target: str, launched: Launched) -> Any:
@@ -136,12 +135,12 @@ def compiled(target: str, launched: Launched) -> Any:
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     values = dict(zip(parameters, launched.arguments, strict=False)) | dict(launched.constants)
     for i, name in enumerate(parameters):
-        value = values[name]
-        if name in launched.constants or value is None or (isinstance(value, int) and value == 1):
+        value, plain = values[name], launched.kernel.params[i].do_not_specialize
+        if name in launched.constants or value is None or (isinstance(value, int) and value == 1 and not plain):
             signature[name], constants[(i,)] = "constexpr", value
             continue
         signature[name] = _type(value)
-        if not isinstance(value, float) and (not isinstance(value, int) or value % 16 == 0):
+        if not plain and not isinstance(value, float) and (not isinstance(value, int) or value % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = compiler.ASTSource(fn=launched.kernel, signature=signature, constexprs=constants, attrs=attributes)
     is_amd = target.startswith("gfx")

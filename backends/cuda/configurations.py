@@ -103,12 +103,13 @@ _ATTEND = MappingProxyType(
         (INTERPRETER, False): Launch({"BLOCK_H": 16, "BLOCK_K": 256}, 8, 2),
     }
 )
-_ATTEND_FEW = Launch({"BLOCK_H": 16, "BLOCK_K": 64}, 8, 2)
+_ATTEND_FEW = Launch({"BLOCK_H": 16, "BLOCK_K": 64}, 4, 2)
 _ATTEND_AMD = Launch({"BLOCK_H": 16, "BLOCK_K": 32}, 4, 2)
 _ATTEND_FLOAT32 = Launch({"BLOCK_H": 16, "BLOCK_K": 16}, 8, 1)
 MERGE = Launch({"BLOCK_H": 4}, 4, 1)
-# Least entries of a part: shorter ones cost more in the merge than they save.
-_PART = 256
+# Few heads make too few programs of a decode step: their rows are split, if that leaves parts of so many entries. A split that
+# followed the batch, or a request's rows, would give a row other bits in other company or in another chunk.
+_PARTS, _LEAST_PART = 2, 256
 
 
 def attend(architecture: str, dtype: str, heads: int) -> Launch:
@@ -120,5 +121,5 @@ def attend(architecture: str, dtype: str, heads: int) -> Launch:
 
 
 def parts(heads: int, topk: int) -> int:
-    """Into how many parts the entries of a decode row are split, for which few heads make too few programs."""
-    return max(1, min(4 if heads >= 64 else 8, topk // _PART))
+    """Into how many parts the entries of every row are split."""
+    return 1 if heads >= 64 else max(1, min(_PARTS, topk // _LEAST_PART))

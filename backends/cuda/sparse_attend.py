@@ -1,4 +1,4 @@
-"""sparse_attend in Triton: a program per row and block of heads; the rows of decode requests are split and merged."""
+"""sparse_attend in Triton: a program per row, block of heads and part of the entries; parts are merged in fixed order."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from dsa_portable.arrays import dtype_name
 from dsa_portable.backends.cuda import configurations, device
 from dsa_portable.backends.cuda.kernels.sparse_attend import attend_rows, merge_parts
 from dsa_portable.backends.cuda.launch import launch
-from dsa_portable.backends.cuda.rows import NO_PART, Rows, asking_for, deliver, find, parts_of, results_of, scratch_bytes
-from dsa_portable.batch import DECODE_ROWS
+from dsa_portable.backends.cuda.rows import NO_PART, asking_for, deliver, find, parts_of, results_of, scratch_bytes
 from dsa_portable.formats import layout
 from dsa_portable.request import AttendRequest
 
@@ -35,34 +34,30 @@ class _Call:
         self.lse = results[1] if request.return_lse else None
         self.heads, self.topk = request.dims["Hq"], request.dims["topk"]
         self.parts = configurations.parts(self.heads, self.topk)
-        self.rows_per_request = min(DECODE_ROWS, max(1, request.batch.max_seqlen_q))
-        self.constants = {"VALUE_DIM": request.value_dim, "PARTS": self.parts, "DECODE_ROWS": DECODE_ROWS}
         self.cache = parts_of("sparse_attend", "kv", request.kv, request.kv_layout)
         self.sink = None if request.attn_sink is None else request.attn_sink.contiguous()
+        self.rows = find(request.batch, q, visible=False)
 
     def run(self) -> None:
-        """Whole rows, unless every request is a decode request; then, in slabs of scratch, the split ones and their merge."""
-        rows = find(self.request.batch, self.q, visible=False)
-        if self.parts == 1 or self.request.batch.max_seqlen_q > DECODE_ROWS:
-            self._attend(rows, (None, None, None), len(self.q), 0)
+        """All rows at once, or slabs of them where their parts need scratch."""
         if self.parts == 1:
+            self._attend((None, None, None), 0, len(self.q))
             return
-        slots = max(1, self.request.batch.num_requests * self.rows_per_request)
-        per_slot = 4 * self.parts * self.heads * (self.request.value_dim + 2)
-        slab = max(1, min(slots, scratch_bytes() // per_slot))
+        per_row = 4 * self.parts * self.heads * (self.request.value_dim + 2)
+        slab = max(1, min(len(self.q), scratch_bytes() // per_row))
         shape = (slab, self.parts, self.heads)
-        with asking_for("sparse_attend", slab * per_slot):
+        with asking_for("sparse_attend", slab * per_row):
             scratch = tuple(
                 torch.empty(size, dtype=torch.float32, device=self.q.device)
                 for size in ((*shape, self.request.value_dim), shape, shape)
             )
-        for first in range(0, slots, slab):
-            count = min(slab, slots - first)
-            self._attend(rows, scratch, count, first)
-            self._merge(rows, scratch, count, first)
+        for first in range(0, len(self.q), slab):
+            count = min(slab, len(self.q) - first)
+            self._attend(scratch, first, count)
+            self._merge(scratch, first, count)
 
-    def _attend(self, rows: Rows, scratch: tuple[torch.Tensor | None, ...], count: int, first: int) -> None:
-        request, architecture = self.request, device.architecture(self.q.device)
+    def _attend(self, scratch: tuple[torch.Tensor | None, ...], first: int, count: int) -> None:
+        request, rows, architecture = self.request, self.rows, device.architecture(self.q.device)
         configuration = configurations.attend(architecture, dtype_name(self.q), self.heads)
         values, scale = self.cache["values"], self.cache.get("scale", NO_PART)
         rope_dim = request.dims["Dqk"] - request.value_dim
@@ -70,10 +65,9 @@ class _Call:
         rope = self.cache.get("rope", values._replace(first=request.value_dim))
         assert values.numbers is not None
         decode = dtype_name(values.numbers) == "float8_e4m3fn" and not configurations.native_fp8(architecture)
-        split = scratch[0] is not None
         launch(
             attend_rows,
-            (-(-self.heads // configuration.blocks["BLOCK_H"]), count, self.parts if split else 1),
+            (-(-self.heads // configuration.blocks["BLOCK_H"]), count, self.parts),
             configuration,
             self.q,
             values.numbers.view(torch.uint8) if decode else values.numbers,
@@ -83,7 +77,6 @@ class _Call:
             None if request.topk_length is None else request.topk_length.contiguous(),
             self.sink,
             rows.owner,
-            rows.cu_seqlens_q,
             rows.seqlens_k,
             rows.cu_seqlens_k,
             rows.block_table,
@@ -94,13 +87,13 @@ class _Call:
             self.heads,
             self.topk,
             first,
-            self.rows_per_request,
             request.batch.num_requests,
             rows.table_stride,
             rows.page_size,
             values.page_stride,
             scale.page_stride,
             rope.page_stride,
+            VALUE_DIM=request.value_dim,
             ROPE_DIM=rope_dim,
             SCALE_TILE=layout(request.kv_layout).tile if request.kv_layout else 0,
             KV_SLOT=values.slot_stride,
@@ -109,25 +102,21 @@ class _Call:
             ROPE_FIRST=rope.first,
             ROPE_SLOT=rope.slot_stride,
             DECODE_E4M3=decode,
-            SPLIT=split,
-            **self.constants,
+            PARTS=self.parts,
         )
 
-    def _merge(self, rows: Rows, scratch: tuple[torch.Tensor | None, ...], count: int, first: int) -> None:
+    def _merge(self, scratch: tuple[torch.Tensor | None, ...], first: int, count: int) -> None:
         launch(
             merge_parts,
-            (-(-self.heads // configurations.MERGE.blocks["BLOCK_H"]), len(self.q)),
+            (-(-self.heads // configurations.MERGE.blocks["BLOCK_H"]), count),
             configurations.MERGE,
             *scratch,
             self.sink,
-            rows.owner,
-            rows.cu_seqlens_q,
             self.out,
             self.lse,
+            self.request.softmax_scale,
             self.heads,
             first,
-            count,
-            self.rows_per_request,
-            self.request.batch.num_requests,
-            **self.constants,
+            VALUE_DIM=self.request.value_dim,
+            PARTS=self.parts,
         )

@@ -12,6 +12,8 @@ from . import planted
 ATTEND, INDEX, TOP_K, ROWS = (f"kernels/{name}.py" for name in ("sparse_attend", "lightning_index", "top_k", "rows"))
 # Room for no more candidates than are chosen: every long row has too many.
 SMALL = ("configurations.py", "((2048, 8192), (8192, 16384))", "((2048, 2048),)")
+# Every row is split, as those of few heads are.
+SPLIT = ("configurations.py", "return 1 if heads >= 64 else max(", "return max(")
 
 
 @dataclass(frozen=True)
@@ -28,18 +30,14 @@ class Fault:
 FAULTS = (
     Fault(
         "holes are not masked",
-        (
-            ATTEND,
-            'tl.where(named[None, :], logits * (softmax_scale * LOG2_E), float("-inf"))',
-            "logits * (softmax_scale * LOG2_E)",
-        ),
+        (ATTEND, 'tl.where(named[None, :], logits, float("-inf"))', "logits + 0.0"),
         "attend-bf16-decode-flat",
         "bound",
     ),
     Fault("-1 names a key", (ATTEND, "named = (position >= 0)", "named = (position >= -1)"), "attend-bf16-decode-out", "bound"),
     Fault(
-        "parts are merged as if slots came second",
-        (ATTEND, "place = (tl.cast(local, tl.int64) * PARTS + part)", "place = (part * num_slots + tl.cast(local, tl.int64))"),
+        "parts are merged as if rows came second",
+        (ATTEND, "place = (local * PARTS + part)", "place = (part * tl.num_programs(1) + local)"),
         "attend-bf16-decode-flat",
         "bound",
     ),
@@ -47,21 +45,22 @@ FAULTS = (
         "the sink counts in every part",
         (
             ATTEND,
-            "    if SPLIT:\n        place =",
-            "    if SPLIT:\n"
+            "    else:\n        place =",
+            "    else:\n"
             "        if attn_sink is not None:\n"
-            "            share = tl.load(attn_sink + head, mask=real_head, other=0.0) * LOG2_E - top\n"
-            "            total += tl.exp2(tl.minimum(share, 100.0))\n"
+            "            share = tl.load(attn_sink + head, mask=real_head, other=0.0) - top * softmax_scale\n"
+            "            total += tl.exp2(tl.minimum(share, 80.0) * LOG2_E)\n"
             "        place =",
         ),
         "attend-bf16-decode-sink",
         "bound",
+        (SPLIT,),
     ),
     Fault(
         "exp2 without log2(e)",
-        (ATTEND, "logits * (softmax_scale * LOG2_E)", "logits * softmax_scale"),
+        (ATTEND, "(logits - raised[:, None]) * to_base_2", "(logits - raised[:, None]) * softmax_scale"),
         "attend-bf16-decode-flat",
-        "rms",
+        "bound",
     ),
     Fault(
         "the last tile is dropped",

@@ -17,4 +17,4 @@ def multiplies_numbers() -> bool:
     number = torch.tensor([1.5], dtype=torch.bfloat16)
     result = torch.zeros_like(number)
     _square[(1,)](number, result)
-    return result.item() == 2.25
+    return bool(result.item() == 2.25)

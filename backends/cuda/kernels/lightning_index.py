@@ -8,7 +8,7 @@ import triton.language as tl
 from dsa_portable.backends.cuda.kernels.rows import decoded_e4m3, place_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "last_row"])
 def score_rows(
     q,
     weights,

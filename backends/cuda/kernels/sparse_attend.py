@@ -1,7 +1,8 @@
 """Device code of sparse_attend: online softmax over the entries of a row; the parts of a split row, merged in fixed order.
 
-Logits are kept in base 2, the base of the chip's exponential. The running maximum begins at the least finite float32 and is
-never infinite: a tile of holes alone leaves it where it was, and no -inf is ever subtracted from -inf.
+The maximum is subtracted before logits are scaled to base 2, the base of the chip's exponential: scaled first, a logit of
+hundreds would be rounded by 2^-17. It begins at the least finite float32 and is never infinite: a tile of holes alone leaves it
+where it was, and no -inf is ever subtracted from -inf.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "first_row"])
 def attend_rows(
     q,
     kv,
@@ -26,7 +27,6 @@ def attend_rows(
     topk_length,
     attn_sink,
     owner,
-    cu_seqlens_q,
     seqlens_k,
     cu_seqlens_k,
     block_table,
@@ -38,8 +38,7 @@ def attend_rows(
     softmax_scale,
     heads,
     topk,
-    first_slot,
-    rows_per_request,
+    first_row,
     num_requests,
     table_stride,
     page_size,
@@ -56,58 +55,38 @@ def attend_rows(
     ROPE_SLOT: tl.constexpr,
     DECODE_E4M3: tl.constexpr,
     PARTS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    DECODE_ROWS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """A block of heads of a row: over all of its entries, or (SPLIT) over one of PARTS parts of them, into scratch.
+    """A block of heads of a row over all of its entries or, where PARTS > 1, over one part of them, into scratch.
 
-    Where PARTS > 1, rows of requests of at most DECODE_ROWS rows are split, whatever else is in the batch, and others are not.
-    Grid: (head blocks, rows, 1), or (head blocks, slots, PARTS) with slot = request * rows_per_request + row in the request.
+    Grid: (head blocks, rows from first_row on, PARTS).
     """
+    row = (first_row + tl.program_id(1)).to(tl.int64)
     part = tl.program_id(2)
-    slot_of_row = tl.program_id(1)
-    if SPLIT:
-        request = (first_slot + slot_of_row) // rows_per_request
-        offset = (first_slot + slot_of_row) % rows_per_request
-        begin_of_request = tl.load(cu_seqlens_q + request)
-        rows = tl.load(cu_seqlens_q + request + 1) - begin_of_request
-        if (rows > DECODE_ROWS) | (offset >= rows):
-            return
-        row = (begin_of_request + offset).to(tl.int64)
-    else:
-        row = slot_of_row.to(tl.int64)
-        request = tl.load(owner + row)
-        if PARTS > 1:
-            # Padding rows are merge_parts' too.
-            if request >= num_requests:
-                return
-            if tl.load(cu_seqlens_q + request + 1) - tl.load(cu_seqlens_q + request) <= DECODE_ROWS:
-                return
+    request = tl.load(owner + row)
+    length = tl.load(seqlens_k + request, mask=request < num_requests, other=0)
     head = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     real_head = head < heads
     dims = tl.arange(0, VALUE_DIM)
     query_offset = (row * heads + head) * (VALUE_DIM + ROPE_DIM)
     query = tl.load(q + query_offset[:, None] + dims[None, :], mask=real_head[:, None], other=0.0)
-    length = tl.load(seqlens_k + request, mask=request < num_requests, other=0)
+    if ROPE_DIM > 0:
+        rope_dims = tl.arange(0, ROPE_DIM)
+        query_rope = tl.load(q + query_offset[:, None] + VALUE_DIM + rope_dims[None, :], mask=real_head[:, None], other=0.0)
     limit = topk
     if topk_length is not None:
         limit = tl.minimum(topk, tl.load(topk_length + row))
-    begin = 0
-    if SPLIT:
-        # Every part but the last holds whole blocks.
-        part_size = tl.cdiv(topk, PARTS * BLOCK_K) * BLOCK_K
-        begin = part * part_size
-        limit = tl.minimum(limit, begin + part_size)
+    # Every part but the last holds whole blocks.
+    part_size = tl.cdiv(topk, PARTS * BLOCK_K) * BLOCK_K
+    begin = part * part_size
+    limit = tl.minimum(limit, begin + part_size)
     if length == 0:
         limit = begin
     top = tl.full([BLOCK_H], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
     acc = tl.zeros([BLOCK_H, VALUE_DIM], tl.float32)
-    if ROPE_DIM > 0:
-        rope_dims = tl.arange(0, ROPE_DIM)
-        query_rope = tl.load(q + query_offset[:, None] + VALUE_DIM + rope_dims[None, :], mask=real_head[:, None], other=0.0)
+    to_base_2 = softmax_scale * LOG2_E
     for first in range(begin, limit, BLOCK_K):
         entry = first + tl.arange(0, BLOCK_K)
         position = tl.load(indices + row * topk + entry, mask=entry < limit, other=-1)
@@ -131,91 +110,77 @@ def attend_rows(
             rope_offset = ROPE_FIRST + page * rope_page_stride + slot * ROPE_SLOT
             rope = tl.load(kv_rope + rope_offset[:, None] + rope_dims[None, :], mask=named[:, None], other=0.0)
             logits = tl.dot(query_rope, tl.trans(rope), logits, input_precision="ieee")
-        logits = tl.where(named[None, :], logits * (softmax_scale * LOG2_E), float("-inf"))
+        logits = tl.where(named[None, :], logits, float("-inf"))
         raised = tl.maximum(top, tl.max(logits, axis=1))
-        kept = tl.exp2(top - raised)
-        p = tl.exp2(logits - raised[:, None])
+        kept = tl.exp2((top - raised) * to_base_2)
+        p = tl.exp2((logits - raised[:, None]) * to_base_2)
         total = total * kept + tl.sum(p, axis=1)
         acc = tl.dot(p.to(keys.dtype), keys, acc * kept[:, None], input_precision="ieee")
         top = raised
-    if SPLIT:
-        place = (slot_of_row.to(tl.int64) * PARTS + part) * heads + head
+    if PARTS == 1:
+        write_row(out, lse, attn_sink, row, head, heads, dims, acc, top, total, softmax_scale, VALUE_DIM)
+    else:
+        place = (tl.program_id(1).to(tl.int64) * PARTS + part) * heads + head
         tl.store(part_top + place, top, mask=real_head)
         tl.store(part_total + place, total, mask=real_head)
         tl.store(part_out + place[:, None] * VALUE_DIM + dims[None, :], acc, mask=real_head[:, None])
-    else:
-        write_row(out, lse, attn_sink, row, head, heads, dims, acc, top, total, VALUE_DIM)
 
 
 @triton.jit
-def write_row(out, lse, attn_sink, row, head, heads, dims, acc, top, total, VALUE_DIM: tl.constexpr):
-    """out = acc / (total + the sink's share); lse = ln 2 * (top + log2 total), of the keys alone; 0 and -inf without any."""
+def write_row(out, lse, attn_sink, row, head, heads, dims, acc, top, total, softmax_scale, VALUE_DIM: tl.constexpr):
+    """out = acc / (total + the sink's share), lse = softmax_scale * top + ln(total), of the keys alone; else 0 and -inf."""
     real_head = head < heads
     empty = total == 0.0
-    if lse is not None:
-        value = (top + tl.log2(tl.where(empty, 1.0, total))) * LN_2
-        tl.store(lse + row * heads + head, tl.where(empty, float("-inf"), value), mask=real_head)
     normaliser = tl.where(empty, 1.0, total)
+    top = top * softmax_scale
+    if lse is not None:
+        value = top + tl.log2(normaliser) * LN_2
+        tl.store(lse + row * heads + head, tl.where(empty, float("-inf"), value), mask=real_head)
     if attn_sink is not None:
-        sink = tl.load(attn_sink + head, mask=real_head, other=float("-inf")) * LOG2_E
-        sink = tl.minimum(sink, -LOWEST)
+        sink = tl.minimum(tl.load(attn_sink + head, mask=real_head, other=float("-inf")), -LOWEST)
         # Whichever is larger is subtracted, so that nothing overflows beside a sink or an lse of hundreds.
         raised = tl.maximum(top, sink)
-        kept = tl.exp2(top - raised)
+        kept = tl.exp2((top - raised) * LOG2_E)
         acc = acc * kept[:, None]
-        normaliser = tl.where(empty, 1.0, total * kept + tl.exp2(sink - raised))
+        normaliser = tl.where(empty, 1.0, total * kept + tl.exp2((sink - raised) * LOG2_E))
     result = tl.where(empty[:, None], 0.0, acc / normaliser[:, None])
     place = (row * heads + head) * VALUE_DIM
     tl.store(out + place[:, None] + dims[None, :], result.to(out.dtype.element_ty), mask=real_head[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "first_row"])
 def merge_parts(
     part_out,
     part_top,
     part_total,
     attn_sink,
-    owner,
-    cu_seqlens_q,
     out,
     lse,
+    softmax_scale,
     heads,
-    first_slot,
-    num_slots,
-    rows_per_request,
-    num_requests,
+    first_row,
     VALUE_DIM: tl.constexpr,
     PARTS: tl.constexpr,
-    DECODE_ROWS: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """The parts of a row, first to last, and the empty result of padding rows; a part of holes alone weighs nothing."""
-    row = tl.program_id(1).to(tl.int64)
+    """The parts of a row, first to last; a part of holes alone weighs nothing. Grid: (head blocks, rows from first_row on)."""
+    local = tl.program_id(1).to(tl.int64)
     head = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    real_head = head < heads
     dims = tl.arange(0, VALUE_DIM)
-    request = tl.load(owner + row)
-    parts = 0
-    local = 0
-    if request < num_requests:
-        begin_of_request = tl.load(cu_seqlens_q + request)
-        if tl.load(cu_seqlens_q + request + 1) - begin_of_request > DECODE_ROWS:
-            return
-        local = request * rows_per_request + (row - begin_of_request).to(tl.int32) - first_slot
-        if (local < 0) | (local >= num_slots):
-            return
-        parts = PARTS
     top = tl.full([BLOCK_H], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
     acc = tl.zeros([BLOCK_H, VALUE_DIM], tl.float32)
-    for part in range(0, parts):
-        place = (tl.cast(local, tl.int64) * PARTS + part) * heads + head
-        other_top = tl.load(part_top + place, mask=head < heads, other=LOWEST)
-        other_total = tl.load(part_total + place, mask=head < heads, other=0.0)
-        other = tl.load(part_out + place[:, None] * VALUE_DIM + dims[None, :], mask=(head < heads)[:, None], other=0.0)
+    to_base_2 = softmax_scale * LOG2_E
+    for part in range(0, PARTS):
+        place = (local * PARTS + part) * heads + head
+        other_top = tl.load(part_top + place, mask=real_head, other=LOWEST)
+        other_total = tl.load(part_total + place, mask=real_head, other=0.0)
+        other = tl.load(part_out + place[:, None] * VALUE_DIM + dims[None, :], mask=real_head[:, None], other=0.0)
         raised = tl.maximum(top, other_top)
-        mine = tl.exp2(top - raised)
-        theirs = tl.exp2(other_top - raised)
+        mine = tl.exp2((top - raised) * to_base_2)
+        theirs = tl.exp2((other_top - raised) * to_base_2)
         total = total * mine + other_total * theirs
         acc = acc * mine[:, None] + other * theirs[:, None]
         top = raised
-    write_row(out, lse, attn_sink, row, head, heads, dims, acc, top, total, VALUE_DIM)
+    write_row(out, lse, attn_sink, first_row + local, head, heads, dims, acc, top, total, softmax_scale, VALUE_DIM)

@@ -57,7 +57,7 @@ def threshold_of(keys, real, wanted, low, high, above_low):
     return low, high, above_low, above_high
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "topk"])
 def bound_rows(
     logits, start, end, bound, first_row, logits_stride, topk, SAMPLE: tl.constexpr, RUN: tl.constexpr, CAPACITY: tl.constexpr
 ):
@@ -92,7 +92,7 @@ def part_of(low, high, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     return begin, tl.minimum(begin + size, high)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "topk"])
 def count_parts(logits, start, end, bound, counts, first_row, logits_stride, topk, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """counts [rows, PARTS]: how many scores of a part reach the bound; only where a row is shared by several programs."""
     local = tl.program_id(0)
@@ -110,7 +110,7 @@ def count_parts(logits, start, end, bound, counts, first_row, logits_stride, top
     tl.store(counts + local * PARTS + tl.program_id(1), tl.sum(found, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "topk"])
 def scan_parts(
     logits,
     start,
@@ -150,7 +150,7 @@ def scan_parts(
         tl.store(counts + local, seat)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "topk"])
 def pick_rows(
     logits,
     start,
