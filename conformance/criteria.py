@@ -171,9 +171,13 @@ def _rounding(dtype: str) -> float:
 
 
 def _logit_walk(profile: Profile, row: Row) -> Float64:
-    """[Hq, n], tau^2 of judging 4.2: what rounding leaves in a logit if it is a random walk, squared."""
+    """[Hq, n], tau^2 of judging 4.2: what rounding leaves in a logit if it is a random walk, squared.
+
+    A step rounds the running sum, which wanders by the products and drifts to the dot product.
+    """
     unit = profile.accumulator.unit_roundoff
-    return np.asarray(unit * unit * row.kv.shape[1] * row.softmax_scale**2 * ((row.q * row.q) @ (row.kv * row.kv).T))
+    steps = (row.q * row.q) @ (row.kv * row.kv).T + (row.q @ row.kv.T) ** 2 / 3
+    return np.asarray(unit * unit * row.kv.shape[1] * row.softmax_scale**2 * steps)
 
 
 def error_floor(profile: Profile, row: Row, dtype: str) -> Float64:

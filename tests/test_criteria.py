@@ -237,6 +237,25 @@ def test_float32_may_round_its_lse(kernel: type[SparseAttend], sink: bool) -> No
     assert found.status == "PASS", found.reason
 
 
+class OneByOne(SparseAttend):
+    """Dot products that add one product after the other, as an engine without a matrix unit for float32 does."""
+
+    def logits(self, q, kv, softmax_scale):  # type: ignore[no-untyped-def]
+        total = np.zeros((len(q), len(kv)), np.float32)
+        for a, b in zip(q.astype(np.float32).T, kv.astype(np.float32).T, strict=True):
+            total += a[:, None] * b
+        return total * np.float32(softmax_scale)
+
+
+def test_float32_may_add_one_product_after_the_other() -> None:
+    """Well inside what is allowed: an H100 reached 3.07 here while the walk had no drift, and this kernel 2.9."""
+    case = CASES["attend-f32-prefill-rerun"]
+    call = next(case.steps())
+    found = judge(case, call, OneByOne(Profile()).run(call), Profile())
+    assert found.status == "PASS", found.reason
+    assert found.metrics["rms_ratio"] < 2
+
+
 class Structure(LightningIndex):
     """An honest kernel whose indices are then spoilt by `spoil`."""
 

@@ -122,8 +122,7 @@ def _name(stored: str, launched: Launched) -> str:
         return " ".join([kernel, *(f"{n}={launched.constants[n]}" for n in ("PARTS", "CAPACITY") if n in launched.constants)])
     blocks = " ".join(f"{name.removeprefix('BLOCK_')}{size}" for name, size in launched.configuration.blocks.items())
     shape = f"w{launched.configuration.num_warps} s{launched.configuration.num_stages}"
-    rows = f" rows{launched.constants['ROWS']}" if "ROWS" in launched.constants else ""
-    return f"{kernel} {stored} {blocks} {shape}{rows}"
+    return f"{kernel} {stored} {blocks} {shape}"
 
 
 def compiled(target: str, launched: Launched) -> Any:

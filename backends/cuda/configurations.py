@@ -43,7 +43,9 @@ _SCORE = MappingProxyType(
 )
 _SCORE_DECODED = Launch({"BLOCK_K": 128}, 8, 2)
 # Rows that run past one block of keys; a row's scores are the same whatever runs beside it.
-_MOST_ROWS = 64
+_MOST_ROWS = 128
+# Keys that one row alone runs past: more programs of fewer keys hide more of the latency.
+_DECODE_KEYS = 128
 
 
 def native_fp8(architecture: str) -> bool:
@@ -51,15 +53,13 @@ def native_fp8(architecture: str) -> bool:
     return architecture in NATIVE_FP8
 
 
-def score(architecture: str, dtype: str, heads: int) -> Launch:
+def score(architecture: str, dtype: str, heads: int, max_seqlen_q: int) -> Launch:
     """Of score_rows, for a dtype of q."""
     base = _SCORE[dtype] if dtype != "float8_e4m3fn" or native_fp8(architecture) else _SCORE_DECODED
-    return Launch({**base.blocks, "BLOCK_H": min(64, max(16, power_of_two(heads)))}, base.num_warps, base.num_stages)
-
-
-def rows_per_program(max_seqlen_q: int) -> int:
-    """ROWS of score_rows."""
-    return min(_MOST_ROWS, power_of_two(max_seqlen_q))
+    rows = min(_MOST_ROWS, power_of_two(max_seqlen_q))
+    keys = min(_DECODE_KEYS, base.blocks["BLOCK_K"]) if rows == 1 and architecture != INTERPRETER else base.blocks["BLOCK_K"]
+    blocks = {"BLOCK_K": keys, "BLOCK_H": min(64, max(16, power_of_two(heads))), "ROWS": rows}
+    return Launch(blocks, base.num_warps, base.num_stages)
 
 
 # --- lightning_index: selection, exact whatever these are ---
@@ -92,7 +92,7 @@ def scan_parts(rows: int) -> int:
 
 # --- sparse_attend ---
 
-# (architecture, 64 heads or more) -> of attend_rows with 16-bit operands; architectures that are not named run as (None, ...).
+# (architecture, 64 heads or more) -> of attend_rows with 16-bit operands; others run as _ATTEND_FEW.
 _ATTEND = MappingProxyType(
     {
         ("sm_90", True): Launch({"BLOCK_H": 64, "BLOCK_K": 64}, 8, 2),
@@ -103,8 +103,7 @@ _ATTEND = MappingProxyType(
         (INTERPRETER, False): Launch({"BLOCK_H": 16, "BLOCK_K": 256}, 8, 2),
     }
 )
-_ATTEND_FEW = Launch({"BLOCK_H": 16, "BLOCK_K": 64}, 4, 2)
-_ATTEND_AMD = Launch({"BLOCK_H": 16, "BLOCK_K": 32}, 4, 2)
+_ATTEND_FEW = Launch({"BLOCK_H": 16, "BLOCK_K": 32}, 4, 2)
 _ATTEND_FLOAT32 = Launch({"BLOCK_H": 16, "BLOCK_K": 16}, 8, 1)
 MERGE = Launch({"BLOCK_H": 4}, 4, 1)
 # Few heads make too few programs of a decode step: their rows are split, if that leaves parts of so many entries. A split that
@@ -116,8 +115,7 @@ def attend(architecture: str, dtype: str, heads: int) -> Launch:
     """Of attend_rows, for a dtype of q."""
     if dtype == "float32" and architecture != INTERPRETER:
         return _ATTEND_FLOAT32
-    few = _ATTEND_AMD if architecture.startswith("gfx") else _ATTEND_FEW
-    return _ATTEND.get((architecture, heads >= 64), few)
+    return _ATTEND.get((architecture, heads >= 64), _ATTEND_FEW)
 
 
 def parts(heads: int, topk: int) -> int:

@@ -42,8 +42,7 @@ def _run(request: IndexRequest, q: torch.Tensor, results: list[torch.Tensor]) ->
 def _score(request: IndexRequest, q: torch.Tensor, rows: Rows, logits: torch.Tensor, first: int, last: int) -> None:
     architecture, name = device.architecture(q.device), dtype_name(q)
     decode = name == "float8_e4m3fn" and not configurations.native_fp8(architecture)
-    configuration = configurations.score(architecture, name, request.dims["H"])
-    per_program = configurations.rows_per_program(request.batch.max_seqlen_q)
+    configuration = configurations.score(architecture, name, request.dims["H"], request.batch.max_seqlen_q)
     cache = parts_of("lightning_index", "k", request.k, request.k_layout)
     if request.k_scale is not None:
         cache["scale"] = parts_of("lightning_index", "k_scale", request.k_scale, None, axes=0)["values"]
@@ -51,7 +50,7 @@ def _score(request: IndexRequest, q: torch.Tensor, rows: Rows, logits: torch.Ten
     assert k.numbers is not None
     launch(
         score_rows,
-        (-(-logits.stride(0) // configuration.blocks["BLOCK_K"]), -(-(last - first) // per_program)),
+        (-(-logits.stride(0) // configuration.blocks["BLOCK_K"]), -(-(last - first) // configuration.blocks["ROWS"])),
         configuration,
         q.view(torch.uint8) if decode else q,
         request.weights.contiguous(),
@@ -78,7 +77,6 @@ def _score(request: IndexRequest, q: torch.Tensor, rows: Rows, logits: torch.Ten
         K_SLOT=k.slot_stride,
         SCALE_SLOT=scale.slot_stride,
         DECODE_E4M3=decode,
-        ROWS=per_program,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dsa_portable.backends.cuda.kernels.rows import decoded_e4m3, place_of
+from dsa_portable.backends.cuda.kernels.rows import decoded_e4m3, keys_of, place_of
 
 
 @triton.jit(do_not_specialize=["first_row", "last_row"])
@@ -65,7 +65,8 @@ def score_rows(
         low = tl.min(tl.load(start + row_offsets, mask=mine, other=2147483647))
         high = tl.max(tl.load(end + row_offsets, mask=mine, other=0))
         seen = (position >= low) & (position < high)
-        page, slot = place_of(position, request, seen, cu_seqlens_k, block_table, table_stride, page_size)
+        keys_begin = keys_of(request, cu_seqlens_k, block_table, table_stride)
+        page, slot = place_of(position, keys_begin, seen, block_table, page_size)
         key_offset = page * k_page_stride + slot * K_SLOT
         keys = tl.load(k + key_offset[:, None] + dims[None, :], mask=seen[:, None], other=0.0)
         if DECODE_E4M3:

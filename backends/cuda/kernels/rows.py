@@ -46,14 +46,22 @@ def find_rows(
 
 
 @triton.jit
-def place_of(position, request, wanted, cu_seqlens_k, block_table, table_stride, page_size):
+def keys_of(request, cu_seqlens_k, block_table, table_stride):
+    """What `place_of` needs of a request, so that no loop looks it up again: its first flat row, or its row of the table."""
+    if block_table is None:
+        return tl.load(cu_seqlens_k + request).to(tl.int64)
+    else:
+        return tl.cast(request, tl.int64) * table_stride
+
+
+@triton.jit
+def place_of(position, keys_begin, wanted, block_table, page_size):
     """(page, slot) int64 of positions of one request; flat keys are one page. Nothing is read where not `wanted`."""
     if block_table is None:
         page = tl.zeros_like(position).to(tl.int64)
-        slot = tl.load(cu_seqlens_k + request).to(tl.int64) + position
+        slot = keys_begin + position
     else:
-        entry = tl.cast(request, tl.int64) * table_stride + position // page_size
-        page = tl.load(block_table + entry, mask=wanted, other=0).to(tl.int64)
+        page = tl.load(block_table + keys_begin + position // page_size, mask=wanted, other=0).to(tl.int64)
         slot = (position % page_size).to(tl.int64)
     return page, slot
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dsa_portable.backends.cuda.kernels.rows import decoded_e4m3, place_of
+from dsa_portable.backends.cuda.kernels.rows import decoded_e4m3, keys_of, place_of
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -81,8 +81,11 @@ def attend_rows(
     part_size = tl.cdiv(topk, PARTS * BLOCK_K) * BLOCK_K
     begin = part * part_size
     limit = tl.minimum(limit, begin + part_size)
+    keys_begin = tl.cast(0, tl.int64)
     if length == 0:
         limit = begin
+    else:
+        keys_begin = keys_of(request, cu_seqlens_k, block_table, table_stride)
     top = tl.full([BLOCK_H], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
     acc = tl.zeros([BLOCK_H, VALUE_DIM], tl.float32)
@@ -92,7 +95,7 @@ def attend_rows(
         position = tl.load(indices + row * topk + entry, mask=entry < limit, other=-1)
         named = (position >= 0) & (position < length)
         position = tl.where(named, position, 0)
-        page, slot = place_of(position, request, named, cu_seqlens_k, block_table, table_stride, page_size)
+        page, slot = place_of(position, keys_begin, named, block_table, page_size)
         # Where nothing is named nothing is read: what stands there may be NaN, and 0 times NaN is NaN.
         key_offset = page * kv_page_stride + slot * KV_SLOT
         keys = tl.load(kv + key_offset[:, None] + dims[None, :], mask=named[:, None], other=0.0)
