@@ -105,12 +105,13 @@ def profile(device: Device | None, operator: str, format: str, phase: str) -> Pr
         accumulator = _HOPPER["e4m3" if operand == "e4m3" else "16"] if hopper and operand != "int8" else Accumulator()
         return Profile(accumulator=accumulator, ties="lowest", deterministic=True)
     if format == "f32":
-        return Profile(deterministic=True)
+        return Profile(ties="lowest", deterministic=True)
     sixteen, packed = "float16" if format == "f16" else "bfloat16", format not in ("bf16", "f16")
     return Profile(
         accumulator=_HOPPER["16"] if hopper else Accumulator(),
         p=sixteen,
         kv_compute=sixteen if packed else "float32",
+        ties="lowest",
         deterministic=True,
     )
 

@@ -11,7 +11,7 @@ from dsa_portable.backends.cuda import configurations, device
 from dsa_portable.backends.cuda.kernels.lightning_index import score_rows
 from dsa_portable.backends.cuda.kernels.top_k import bound_rows, count_parts, pick_rows, scan_parts
 from dsa_portable.backends.cuda.launch import launch
-from dsa_portable.backends.cuda.rows import NO_PART, Rows, asking_for, deliver, find, parts_of, results_of, scratch_bytes
+from dsa_portable.backends.cuda.rows import NO_PART, Part, Rows, asking_for, deliver, find, parts_of, results_of, scratch_bytes
 from dsa_portable.request import IndexRequest
 
 
@@ -27,25 +27,33 @@ def lightning_index(request: IndexRequest) -> Any:
 
 
 def _run(request: IndexRequest, q: torch.Tensor, results: list[torch.Tensor]) -> None:
+    # What is refused is refused before the first kernel runs.
+    cache, scratch = _cache(request), scratch_bytes()
     rows, longest = find(request.batch, q, visible=True), max(1, request.batch.max_seqlen_k)
     # Rows of the scratch begin at addresses that 16 divides.
     stride = -(-longest // 4) * 4
-    slab = max(1, min(len(q), scratch_bytes() // (4 * stride)))
+    slab = max(1, min(len(q), scratch // (4 * stride)))
     with asking_for("lightning_index", 4 * slab * stride):
         logits = torch.empty((slab, stride), dtype=torch.float32, device=q.device)
     for first in range(0, len(q), slab):
         last = min(first + slab, len(q))
-        _score(request, q, rows, logits, first, last)
+        _score(request, q, cache, rows, logits, first, last)
         _select(request, rows, logits, results, first, last)
 
 
-def _score(request: IndexRequest, q: torch.Tensor, rows: Rows, logits: torch.Tensor, first: int, last: int) -> None:
-    architecture, name = device.architecture(q.device), dtype_name(q)
-    decode = name == "float8_e4m3fn" and not configurations.native_fp8(architecture)
-    configuration = configurations.score(architecture, name, request.dims["H"], request.batch.max_seqlen_q)
+def _cache(request: IndexRequest) -> dict[str, Part]:
     cache = parts_of("lightning_index", "k", request.k, request.k_layout)
     if request.k_scale is not None:
         cache["scale"] = parts_of("lightning_index", "k_scale", request.k_scale, None, axes=0)["values"]
+    return cache
+
+
+def _score(
+    request: IndexRequest, q: torch.Tensor, cache: dict[str, Part], rows: Rows, logits: torch.Tensor, first: int, last: int
+) -> None:
+    architecture, name = device.architecture(q.device), dtype_name(q)
+    decode = name == "float8_e4m3fn" and not configurations.native_fp8(architecture)
+    configuration = configurations.score(architecture, name, request.dims["H"], request.batch.max_seqlen_q)
     k, scale = cache["values"], cache.get("scale", NO_PART)
     assert k.numbers is not None
     launch(

@@ -35,6 +35,7 @@ class _Call:
         self.heads, self.topk = request.dims["Hq"], request.dims["topk"]
         self.parts = configurations.parts(self.heads, self.topk)
         self.cache = parts_of("sparse_attend", "kv", request.kv, request.kv_layout)
+        self.scratch_bytes = scratch_bytes()
         self.sink = None if request.attn_sink is None else request.attn_sink.contiguous()
         self.rows = find(request.batch, q, visible=False)
 
@@ -44,7 +45,7 @@ class _Call:
             self._attend((None, None, None), 0, len(self.q))
             return
         per_row = 4 * self.parts * self.heads * (self.request.value_dim + 2)
-        slab = max(1, min(len(self.q), scratch_bytes() // per_row))
+        slab = max(1, min(len(self.q), self.scratch_bytes // per_row))
         shape = (slab, self.parts, self.heads)
         with asking_for("sparse_attend", slab * per_row):
             scratch = tuple(
