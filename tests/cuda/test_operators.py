@@ -751,12 +751,13 @@ def test_too_little_memory_says_how_much_was_asked_for(monkeypatch: pytest.Monke
     if operator == "lightning_index":
         run = partial(lightning_index, **placed(index_call()), backend="cuda")
     else:
-        run = partial(sparse_attend, **placed(attend_call(topk=1024, heads=3, seqlens=DECODE).arguments), backend="cuda")
+        arguments = placed(attend_call(topk=1024, heads=3, seqlens=DECODE).arguments)
+        run = partial(sparse_attend, **arguments, backend="cuda")
     monkeypatch.setattr(torch, "empty", full)
     with pytest.raises(torch.cuda.OutOfMemoryError) as error:
         run()
-    # 13 rows of 292 scores; 5 requests of up to 4 rows, 4 parts, 3 heads, 512 numbers and two more.
-    size = 13 * 292 * 4 if operator == "lightning_index" else 5 * 4 * 4 * 3 * 514 * 4
+    # 13 rows of 292 scores; or of each row 2 parts, 3 heads, 512 numbers and two more.
+    size = 13 * 292 * 4 if operator == "lightning_index" else len(arguments["q"]) * 2 * 3 * 514 * 4
     check_sentence(error, operator, f" {size} bytes", SCRATCH, str(512 << 20))
 
 

@@ -135,7 +135,7 @@ def write_row(out, lse, attn_sink, row, head, heads, dims, acc, top, total, soft
     real_head = head < heads
     empty = total == 0.0
     normaliser = tl.where(empty, 1.0, total)
-    top = top * softmax_scale
+    top = tl.where(empty, 0.0, top * softmax_scale)
     if lse is not None:
         value = top + tl.log2(normaliser) * LN_2
         tl.store(lse + row * heads + head, tl.where(empty, float("-inf"), value), mask=real_head)
