@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from dsa_portable.backends.cuda.configurations import Launch
-from dsa_portable.errors import InvalidArgument
+from dsa_portable.errors import DeviceUnavailable, InvalidArgument
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,13 @@ def launch(kernel: Any, grid: tuple[int, ...], configuration: Launch, *arguments
         return
     if capturing():
         _forbid_compiling_in_capture()
-    kernel[grid](*arguments, **constants, num_warps=configuration.num_warps, num_stages=configuration.num_stages)
+    try:
+        kernel[grid](*arguments, **constants, num_warps=configuration.num_warps, num_stages=configuration.num_stages)
+    except OSError as exc:
+        # The only files of a launch are the compiler's.
+        raise DeviceUnavailable(
+            f"Triton could not compile or keep a kernel ({exc}); set TRITON_CACHE_DIR to a folder that can be written."
+        ) from exc
 
 
 @contextmanager
