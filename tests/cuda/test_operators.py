@@ -18,11 +18,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from dsa_portable import Batch, DeviceUnavailable, InvalidArgument, Unsupported, lightning_index, sparse_attend
 from dsa_portable.arrays import from_numpy, is_torch, to_numpy
 from dsa_portable.backends.cuda import BACKEND, configurations, device
-from dsa_portable.conformance.hosts import triton
+from dsa_portable.backends.cuda.kernels.rows import decoded_e4m3
+from dsa_portable.conformance.hosts.triton import requested
 from dsa_portable.formats import LAYOUTS, pack
 
 from . import planted
@@ -30,7 +33,7 @@ from . import planted
 NDArray = npt.NDArray[Any]
 Arguments = dict[str, Any]
 
-DEVICE = "cpu" if triton.requested() else "cuda"
+DEVICE = "cpu" if requested() else "cuda"
 DTYPES = {
     "e4m3": ml_dtypes.float8_e4m3fn,
     "int8": np.int8,
@@ -590,14 +593,14 @@ def test_attend_reads_and_writes_any_strides(topk: int) -> None:
 FAR = """
 import sys
 from importlib import import_module
-from dsa_portable.conformance.hosts import triton
+from dsa_portable.conformance.hosts.triton import requested
 triton.prepare()
 import torch
 from dsa_portable import Batch
 from dsa_portable.request import attend_request
 
 sys.path.insert(0, sys.argv[1])
-where = "cpu" if triton.requested() else "cuda"
+where = "cpu" if requested() else "cuda"
 try:
     kv = torch.empty((3_900_000, 576), dtype=torch.bfloat16, device=where)
 except RuntimeError:
@@ -790,3 +793,30 @@ def test_the_plain_interpreter_is_refused_what_it_takes_for_integers() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", PLAIN], env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines() == ["format True, format True, format True", "ran, ran, ran, ran"], done.stderr
+
+
+# --- chips without float8 ---
+
+
+@triton.jit
+def decode(codes, found):  # type: ignore[no-untyped-def]
+    """found = the numbers of these codes."""
+    place = tl.arange(0, 256)
+    tl.store(found + place, decoded_e4m3(tl.load(codes + place)))
+
+
+def test_every_float8_code_is_decoded_in_bits() -> None:
+    codes = torch.arange(256, dtype=torch.uint8, device=DEVICE)
+    found = torch.empty(256, dtype=torch.float16, device=DEVICE)
+    decode[(1,)](codes, found)
+    expected = codes.view(torch.float8_e4m3fn).half()
+    assert torch.equal(found.nan_to_num(7.25), expected.nan_to_num(7.25))
+
+
+def test_without_float8_units_the_results_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float16 holds every float8 number, and these sums are exact; in attention the dequantised keys are."""
+    selection = partial(lightning_index, **placed(index_call("e4m3/f32/f32")), backend="cuda", return_scores=True)
+    attention = partial(sparse_attend, **placed(attend_call("v32_fp8_656_nsr").arguments), backend="cuda")
+    expected = (*bits(selection()), *bits([attention()]))
+    monkeypatch.setattr(configurations, "native_fp8", lambda architecture: False)
+    assert (*bits(selection()), *bits([attention()])) == expected
