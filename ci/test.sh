@@ -4,6 +4,7 @@
 #   core    everything that needs no torch (the default)
 #   torch   tests/torch: tensors where arrays go, on the CPU
 #   cuda    tests/cuda: the CUDA backend in Triton's interpreter, and its kernels compiled for chips that are not there
+#   ascend  tests/ascend: the Ascend backend over the real torch_npu, with neither CANN nor an NPU; needs gcc and binutils
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
@@ -12,7 +13,7 @@ shift || true
 case $suite in
   core)
     requirements=(--editable "$root[cpu,test]")
-    tests=(--ignore tests/torch --ignore tests/cuda)
+    tests=(--ignore tests/torch --ignore tests/cuda --ignore tests/ascend)
     ;;
   torch)
     requirements=(torch --editable "$root[cpu,test]")
@@ -24,8 +25,14 @@ case $suite in
     # Triton reads it when a kernel is defined; the tests that compile start processes without it.
     export TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1
     ;;
+  ascend)
+    requirements=(torch torch-npu --editable "$root[cpu,test]")
+    tests=(tests/ascend)
+    # Otherwise torch loads torch_npu while it is imported, and fails for want of CANN.
+    export TORCH_DEVICE_BACKEND_AUTOLOAD=0
+    ;;
   *)
-    echo "$suite is no test suite, but core, torch and cuda are; name one of them." >&2
+    echo "$suite is no test suite, but core, torch, cuda and ascend are; name one of them." >&2
     exit 2
     ;;
 esac

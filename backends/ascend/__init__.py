@@ -1,0 +1,1 @@
+"""The Ascend backend: the vendor's sparse attention operators of torch_npu."""
