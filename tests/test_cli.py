@@ -214,7 +214,7 @@ def test_backends(tmp_path: Path) -> None:
     done = plugins.dsa_portable(tmp_path, "backends")
     assert (done.returncode, done.stderr) == (0, "")
     blocks = {text.split()[0].rstrip(":"): text for text in re.split(r"\n(?=\S)", done.stdout)}
-    assert list(blocks) == ["absent", "chipless", "cpu", "cuda", "driverless", "fine", "mute", "sdkless"]
+    assert list(blocks) == ["absent", "ascend", "chipless", "cpu", "cuda", "driverless", "fine", "mute", "sdkless"]
     cpu = blocks["cpu"]
     assert cpu.startswith(f"cpu {__version__}: available\n  arrays      numpy on cpu; contract 1.0\n  device      1 x ")
     assert re.search(r"^  device .*; engine onnx, python 3\.\d+\.\d+, numpy .*, onnxruntime \d", cpu, re.MULTILINE)
