@@ -1,0 +1,101 @@
+"""Run by test_adapter.py: make a pretend NPU, run cases of core through the adapter and edited copies of it, print verdicts."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsa_portable.backend import Device
+from dsa_portable.backends import ascend
+from dsa_portable.backends.ascend import device, schemas
+from dsa_portable.conformance.cases.call import Call, request_of
+from dsa_portable.conformance.cases.catalogue import CASES
+from dsa_portable.conformance.hosts.ascend import pretend, reference
+from dsa_portable.conformance.judge import judge
+from dsa_portable.request import attend_request, index_request
+
+SOC = {"A2": "Ascend910B3", "A3": "Ascend910_9382", "950": "Ascend950PR_9589"}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "lightning_index": {"k_scale": None, "k_layout": None, "return_scores": False, "sorted": True},
+    "sparse_attend": {"attn_sink": None, "topk_length": None, "kv_layout": None, "return_lse": False},
+}
+
+
+def edited(folder: Path, name: str, edit: list[str] | None) -> str:
+    """The name of the adapter's package, or of a copy with a text replaced."""
+    if edit is None:
+        return "dsa_portable.backends.ascend"
+    shutil.copytree(Path(ascend.__file__).parent, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    file, old, new = edit
+    path = folder / name / file
+    text = path.read_text(encoding="utf-8")
+    if text.count(old) != 1:
+        raise LookupError(f"{file} holds {old!r} {text.count(old)} times, not once")
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    for path in (folder / name).glob("*.py"):
+        path.write_text(path.read_text(encoding="utf-8").replace("dsa_portable.backends.ascend", name), encoding="utf-8")
+    return name
+
+
+def outputs(package: str, call: Call) -> dict[str, Any]:
+    """The results of a call on the pretend device, by name."""
+    arguments = {**call.on(device.put).arrays, **call.options, "batch": call.make_batch(device.put), "index_space": "request"}
+    results = request_of(call).results
+    wants_out = arguments.pop("out", False)
+    out = tuple(device.put(np.zeros(shape, np.int8)).to(dtype_of(dtype)) for dtype, shape in results.values())
+    build = index_request if call.operator == "lightning_index" else attend_request
+    request = build(**{**DEFAULTS[call.operator], **arguments}, out=out if wants_out else None)
+    function = getattr(importlib.import_module(f"{package}.{call.operator}"), call.operator)
+    pretend.HOST_READS.clear()
+    found = function(request)
+    READS.extend(pretend.HOST_READS)
+    found = out if wants_out else found if isinstance(found, tuple) else (found,)
+    return {name: device.get(tensor) for name, tensor in zip(results, found, strict=True)}
+
+
+def dtype_of(name: str) -> Any:
+    return getattr(importlib.import_module("torch"), name)
+
+
+READS: list[str] = []
+
+
+def main() -> None:
+    """The product and its tasks, title -> (edit or None, cases), as JSON in the first argument."""
+    product, tasks = json.loads(sys.argv[1])
+    table = {name: (schemas.GENERATIONS["C"][name], getattr(reference, name)) for name in schemas.OPERATORS}
+    pretend.setup(SOC[product], table)
+    chip = Device("npu", SOC[product], "pretend", 1, product)
+    verdicts: dict[str, dict[str, Any]] = {}
+    seen: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        sys.path.insert(0, folder)
+        for number, (title, (edit, cases)) in enumerate(tasks.items()):
+            package = edited(Path(folder), f"planted{number}", edit)
+            verdicts[title] = {name: verdict(package, chip, name) for name in cases}
+            seen = seen or {"host_reads": list(READS), "operators": sorted(pretend.USED)}
+    print(json.dumps({"verdicts": verdicts, **seen}))
+
+
+def verdict(package: str, chip: Device, name: str) -> tuple[str, str | None, str]:
+    """(status, rule, reason) of a named case; a call that is refused or breaks is an ERROR."""
+    case = CASES[name]
+    call = next(case.steps())
+    profile = device.profile(chip, call.operator, case.format, case.phase)
+    try:
+        with np.errstate(all="ignore"):
+            found = judge(case, call, outputs(package, call), profile)
+    except Exception as exc:
+        return "ERROR", None, f"{type(exc).__name__}: {exc}"
+    return found.status, found.rule, found.reason
+
+
+if __name__ == "__main__":
+    main()
