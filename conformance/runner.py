@@ -483,12 +483,14 @@ class _Session:
             key = (case.operator, case.format, case.phase)
             if key not in found and case.format in self.capabilities.get(case.operator, {}).get("format", ()):
                 profile = self.declaration.profile(self.device, *key)
+                sources = self.declaration.profile_sources
                 found[key] = ProfileEntry(
                     operator=key[0],
                     format=key[1],
                     phase=key[2],
                     envelope=envelope(case.operator, profile),
                     profile=asdict(profile),
+                    sources=dict(sources(self.device, *key)) if sources else {},
                 )
         return list(found.values())
 

@@ -52,6 +52,8 @@ class Backend:
     get: Callable[[Array], np.ndarray[Any, Any]]
     synchronize: Callable[[], None] = lambda: None
     witness: Callable[[], int] | None = None
+    # Like profile, but what says so: field -> a document, or "assumed"; None where the backend's own authors are the source.
+    profile_sources: Callable[[Device | None, str, str, str], Mapping[str, str]] | None = None
     auto: bool = True  # False: chosen by name only, as a generic backend must be
     emulates: tuple[str, ...] = ()  # chips it can stand in for under `--emulate`
     contract: str = CONTRACT_VERSION

@@ -70,7 +70,9 @@ BACKEND = Backend(
     probe=device.probe,
     capabilities=capabilities,
     profile=device.profile,
+    profile_sources=lambda found, operator, format, phase: device.SOURCES[operator],
     put=device.put,
     get=device.get,
     synchronize=device.synchronize,
+    witness=device.witness,
 )

@@ -65,6 +65,8 @@ _C = {
 #   C  2.7.1.post11, 2.9.0.post9, 2.10.0.post7, 2.11.0.post3, 2.12.0.post3, 2.13.0, 2.14.0
 GENERATIONS: Mapping[str, Mapping[str, str]] = {"A": _A, "B": _B, "C": _C}
 OPERATORS = tuple(_A)
+# Of a torch_npu whose schemas stand in no row, and that takes every call of ours all the same.
+UNLISTED = "unlisted"
 
 
 def arguments(schema: str) -> tuple[str, ...]:
@@ -73,9 +75,10 @@ def arguments(schema: str) -> tuple[str, ...]:
 
 
 def generation_of(find: Callable[[str], str | None]) -> str:
-    """The generation whose arguments and results the installed operators have, whatever their namespace.
+    """The generation whose arguments and results the installed operators have, whatever their namespace; UNLISTED for others.
 
-    `find` gives an operator's schema, or None without one. Raises DeviceUnavailable where an operator is missing or none fits.
+    `find` gives an operator's schema, or None without one. Raises DeviceUnavailable where an operator is missing, or where one
+    lacks an argument that the adapter names, requires one that it does not know, or returns something else.
     """
     found = {operator: find(operator) for operator in OPERATORS}
     if missing := [operator for operator, schema in found.items() if schema is None]:
@@ -85,11 +88,25 @@ def generation_of(find: Callable[[str], str | None]) -> str:
     for name, generation in known.items():
         if generation == installed:
             return name
+    if all(_serves(installed[operator], known["A"][operator]) for operator in OPERATORS):
+        return UNLISTED
     kinds = "; ".join(_kind(operator, installed[operator], known) for operator in OPERATORS)
     raise DeviceUnavailable(
         f"torch_npu's operators are of no generation that is accepted, {', '.join(known)}: {kinds}; "
         "install a torch-npu of one of them, such as 2.13.0."
     )
+
+
+def _serves(installed: tuple[str, ...], first: tuple[str, ...]) -> bool:
+    """Whether calls by name that were right in the first generation are right still: what came later is optional."""
+    names = {_argument(part) for part in first}
+    present = {_argument(part) for part in installed}
+    required = {_argument(part) for part in installed[:-1] if "=" not in part}
+    return names <= present and required <= names and installed[-1] == first[-1]
+
+
+def _argument(part: str) -> str:
+    return part.partition("=")[0].split()[-1]
 
 
 def _parts(schema: str) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ def summary(report: Report) -> str:
         _table(("What", "Value"), [*_environment(report)]),
         "</details>",
         "<details><summary>Declared numerics</summary>",
-        _table(("Operator", "Format", "Phase", "Envelope", "Profile"), [*_profiles(report)]),
+        _table(("Operator", "Format", "Phase", "Envelope", "Profile", "Assumed"), [*_profiles(report)]),
         "</details>",
         f"**{_text(report.verdict)}** (exit code {report.exit_code})",
     ]
@@ -102,7 +102,8 @@ def _environment(report: Report) -> Iterator[tuple[str, str]]:
 def _profiles(report: Report) -> Iterator[tuple[str, ...]]:
     for entry in report.profiles:
         profile = json.dumps(entry.profile, ensure_ascii=False)
-        yield entry.operator, entry.format, entry.phase, entry.envelope or "none", profile
+        assumed = ", ".join(name for name, source in entry.sources.items() if source == "assumed")
+        yield entry.operator, entry.format, entry.phase, entry.envelope or "none", profile, assumed or "nothing"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -250,6 +250,7 @@ class ProfileEntry(_Model):
     phase: Named
     envelope: Named | None
     profile: Declared
+    sources: Texts = Field(default={}, description="Who says so of a field: a document, or `assumed`; empty: the backend")
 
 
 class ListRef(_Model):

@@ -164,6 +164,10 @@ def test_nothing_is_read_by_the_host(on_a2: dict[str, Any]) -> None:
     assert on_a2["host_reads"] == []
 
 
+def test_the_witness_counts_calls(on_a2: dict[str, Any]) -> None:
+    assert on_a2["witness"] == 1
+
+
 def test_the_device_operators_are_few_and_each_is_used(on_a2: dict[str, Any]) -> None:
     assert len(vendor.DEVICE_OPERATORS) == len(set(vendor.DEVICE_OPERATORS)) <= 25
     assert set(on_a2["operators"]) == set(vendor.DEVICE_OPERATORS)
