@@ -104,6 +104,8 @@ _ATTEND = MappingProxyType(
     }
 )
 _ATTEND_FEW = Launch({"BLOCK_H": 16, "BLOCK_K": 32}, 4, 2)
+# Where dequantising beside a tile of 64 heads would spill kilobytes: mma.sync keeps its operands in registers.
+_FEW_REGISTERS = ("sm_80", "sm_86", "sm_89", "sm_120")
 _ATTEND_FLOAT32 = Launch({"BLOCK_H": 16, "BLOCK_K": 16}, 8, 1)
 MERGE = Launch({"BLOCK_H": 4}, 4, 1)
 # Few heads make too few programs of a decode step: their rows are split, if that leaves parts of so many entries. A split that
@@ -111,10 +113,12 @@ MERGE = Launch({"BLOCK_H": 4}, 4, 1)
 _PARTS, _LEAST_PART = 2, 256
 
 
-def attend(architecture: str, dtype: str, heads: int) -> Launch:
-    """Of attend_rows, for a dtype of q."""
+def attend(architecture: str, dtype: str, heads: int, *, packed: bool) -> Launch:
+    """Of attend_rows, for a dtype of q, over a packed cache or one of q's dtype."""
     if dtype == "float32" and architecture != INTERPRETER:
         return _ATTEND_FLOAT32
+    if packed and architecture in _FEW_REGISTERS:
+        return _ATTEND_FEW
     return _ATTEND.get((architecture, heads >= 64), _ATTEND_FEW)
 
 

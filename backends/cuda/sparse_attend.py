@@ -59,7 +59,9 @@ class _Call:
 
     def _attend(self, scratch: tuple[torch.Tensor | None, ...], first: int, count: int) -> None:
         request, rows, architecture = self.request, self.rows, device.architecture(self.q.device)
-        configuration = configurations.attend(architecture, dtype_name(self.q), self.heads)
+        configuration = configurations.attend(
+            architecture, dtype_name(self.q), self.heads, packed=request.kv_layout is not None
+        )
         values, scale = self.cache["values"], self.cache.get("scale", NO_PART)
         rope_dim = request.dims["Dqk"] - request.value_dim
         # In a cache of one dtype the rotated numbers stand behind the values.
