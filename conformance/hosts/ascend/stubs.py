@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from ctypes.util import find_library
 from hashlib import sha256
 from importlib.metadata import version
@@ -46,12 +47,28 @@ def build(folder: Path) -> list[Path]:
 
     Raises HostUnavailable where torch_npu, gcc, nm or readelf is missing.
     """
+
+    def source(package: Path, functions: list[str]) -> str:
+        return "\n".join(ANSWERS.get(name, f"int {name}(void) {{ return {ERROR}; }}") for name in functions)
+
+    return make(folder, source, [Path(__file__)])
+
+
+def make(
+    folder: Path, source: Callable[[Path, list[str]], str], origins: Iterable[Path], opened: Iterable[str] = ()
+) -> list[Path]:
+    """What `build` does, with other C: `source` gives it for a torch_npu's folder and the functions that it needs.
+
+    origins: the files that the C comes from; the libraries are made again when one changes.  opened: libraries that torch_npu
+    is not linked against, but opens.
+    """
     package = find_spec("torch_npu")
     if package is None or package.origin is None:
         raise HostUnavailable(
             "torch_npu is not installed, and the libraries are made from it; run: pip install torch torch-npu"
         )
-    made_from = f"torch_npu {version('torch-npu')}, {sha256(Path(__file__).read_bytes()).hexdigest()}\n"
+    digests = [sha256(path.read_bytes()).hexdigest() for path in origins]
+    made_from = f"torch_npu {version('torch-npu')}, {' '.join(digests)}\n"
     mark = folder / MARK
     if not mark.exists() or mark.read_text(encoding="utf-8") != made_from:
         if missing := [tool for tool in TOOLS if shutil.which(tool) is None]:
@@ -59,13 +76,15 @@ def build(folder: Path) -> list[Path]:
                 f"{' and '.join(missing)} not found on PATH; install gcc and binutils to build the libraries."
             )
         libraries, functions = needed(Path(package.origin).parent)
-        source = "\n".join(ANSWERS.get(name, f"int {name}(void) {{ return {ERROR}; }}") for name in functions)
+        text = source(Path(package.origin).parent, functions)
         folder.mkdir(parents=True, exist_ok=True)
         for old in (mark, *folder.glob("*.so")):
             old.unlink(missing_ok=True)
-        for name in libraries:
+        # Whoever opens one of the empty libraries finds all functions behind it.
+        behind = ("-Wl,--no-as-needed", f"-L{folder}", f"-l:{FIRST}", "-Wl,-rpath,$ORIGIN")
+        for name in sorted({*libraries, *opened}, key=lambda name: name != FIRST):
             command = ("gcc", "-shared", "-fPIC", "-w", "-x", "c", "-", f"-Wl,-soname,{name}", "-o", str(folder / name))
-            _run(*command, text=source if name == FIRST else "")
+            _run(*command, *(() if name == FIRST else behind), text=text if name == FIRST else "")
         mark.write_text(made_from, encoding="utf-8")
     return sorted(folder.glob("*.so"))
 
