@@ -25,7 +25,7 @@ from dsa_portable.arrays import NUMPY_DTYPES, device_name
 from dsa_portable.backend import Backend
 from dsa_portable.batch import ARRAYS as BATCH_ARRAYS
 from dsa_portable.batch import Batch
-from dsa_portable.conformance import arrays_file
+from dsa_portable.conformance import arrays_file, hosts
 from dsa_portable.conformance.cases.call import Call, Outputs, drive, request_of, sha256_of
 from dsa_portable.conformance.cases.catalogue import CASES
 from dsa_portable.conformance.environment import peak_memory
@@ -169,7 +169,7 @@ def main() -> None:
         answers.flush()
 
     try:
-        triton.prepare()
+        hosts.prepare(name)
         backend, device = registry.load(name), registry.device(name)
         resolved = registry.select(None, device.kind).name
     except BackendError as exc:

@@ -7,7 +7,7 @@ from typing import Any
 
 from dsa_portable.backend import Backend, Device
 from dsa_portable.backends.ascend import device
-from dsa_portable.backends.ascend.constraints import A2, A950, accepted
+from dsa_portable.backends.ascend.constraints import A2, A950, PRODUCTS, accepted
 from dsa_portable.backends.ascend.schemas import LIGHTNING_INDEXER, QUANT_LIGHTNING_INDEXER
 from dsa_portable.capability import ANY, YES, Capabilities
 from dsa_portable.signature import SHORT
@@ -75,4 +75,6 @@ BACKEND = Backend(
     get=device.get,
     synchronize=device.synchronize,
     witness=device.witness,
+    # Over the real torch_npu in host memory, which the suite starts before this is loaded.
+    emulates=PRODUCTS,
 )

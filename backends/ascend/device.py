@@ -185,6 +185,5 @@ def deliver(request: Request, results: tuple[Any, ...]) -> Any:
     """The operator's return value, also in the caller's arrays where there are any."""
     for given, result in zip(request.out or (), results, strict=False):
         given.copy_(result)
-    for counter in _COUNTERS:
-        counter.add_(1)
+    _COUNTERS[:] = [counter + 1 for counter in _COUNTERS]
     return results if len(results) > 1 else results[0]

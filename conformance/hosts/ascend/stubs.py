@@ -20,7 +20,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from dsa_portable.errors import DSAError
+from dsa_portable.errors import DeviceUnavailable
 
 TOOLS = ("gcc", "nm", "readelf")
 # What torch_npu is linked against and its wheel lacks: the libraries, and their functions, which are all of plain C.
@@ -38,7 +38,7 @@ ANSWERS = {
 MARK = "made-from"
 
 
-class HostUnavailable(DSAError, RuntimeError):
+class HostUnavailable(DeviceUnavailable):
     """The stand-in for the chip's software cannot be built or loaded here."""
 
 
