@@ -15,6 +15,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from dsa_portable.conformance.hosts.ascend import documents
+
 
 class _Torch:
     """torch, which is imported after the libraries that are made from this table."""
@@ -225,9 +227,13 @@ class Call:
 
 
 class Recorder:
-    """What the libraries call, twice for an operator; `calls` are the last that were made, in their order."""
+    """What the libraries call, twice for an operator; `calls` are the last that were made, in their order.
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    A call that the documents forbid on the chip is refused as its tiling would refuse it.
+    """
+
+    def __init__(self, library: ctypes.CDLL, chip: str) -> None:
+        self._chip = chip
         self.calls: deque[Call] = deque(maxlen=MOST_CALLS)
         self._library = library
         # Between an operator's two calls: its arguments, by the address of the call.
@@ -244,6 +250,9 @@ class Recorder:
             else:
                 arguments = [_argument(*pair) for pair in zip(OPERATORS[name].kinds, call.arguments, strict=False)]
                 self.calls.append(Call(name, tuple(map(_seen, arguments))))
+                if sentence := OPERATORS[name].names and documents.forbidden(name, self.calls[-1].named(), self._chip):
+                    self._library.dsa_host_say(f"{name} on {self._chip}: the documents say that {sentence}".encode())
+                    return documents.ERROR
                 self._begun[ctypes.addressof(call)] = arguments
         except Exception as exc:
             self._library.dsa_host_say(f"{name}: {type(exc).__name__}: {exc}".encode())

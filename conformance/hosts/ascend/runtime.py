@@ -152,7 +152,7 @@ def start(folder: Path, chip: str | None = None, cann: str | None = None) -> Run
     build(folder)
     stubs.load(folder)
     library = ctypes.CDLL(str(folder / stubs.FIRST))
-    recorder = aclnn.Recorder(library)
+    recorder = aclnn.Recorder(library, chip)
     library.dsa_host_begin(CHIPS[chip].encode(), cann.encode(), recorder.function)
     os.environ.update(VARIABLES)
     import_module("torch")
