@@ -56,6 +56,9 @@ class Constraint:
     source: str
 
 
+INT64_MAX = 2**63 - 1
+
+
 def _all(values: Container[Any]) -> Mapping[str, Container[Any]]:
     return dict.fromkeys(PRODUCTS, values)
 
@@ -157,6 +160,10 @@ TABLE: tuple[Constraint, ...] = (
     Constraint(KV_QUANT_SPARSE_FLASH_ATTENTION, "sparse_block_size", "format", _but_950((1, 2, 4, 8, 16), (1,)), KVQ),
     Constraint(KV_QUANT_SPARSE_FLASH_ATTENTION, "sparse_mode", "non_causal", _all((0, 3)), KVQ),
     Constraint(KV_QUANT_SPARSE_FLASH_ATTENTION, "contiguous", "contiguous", _all((True,)), KVQ),
+    Constraint(LIGHTNING_INDEXER, "window", "non_causal", _all(((INT64_MAX, INT64_MAX),)), LI),
+    Constraint(QUANT_LIGHTNING_INDEXER, "window", "non_causal", _all(((INT64_MAX, INT64_MAX),)), QLI),
+    Constraint(SPARSE_FLASH_ATTENTION, "window", "non_causal", _all(((INT64_MAX, INT64_MAX),)), SFA),
+    Constraint(KV_QUANT_SPARSE_FLASH_ATTENTION, "window", "non_causal", _all(((INT64_MAX, INT64_MAX),)), KVQ),
 )
 
 
@@ -195,6 +202,7 @@ def _common(call: Mapping[str, Any], kv_layout: str, lengths: tuple[str, ...]) -
         "layouts": (call["layout_query"], call[kv_layout]),
         "block_size": call["key"].shape[1] if paged else None,
         "sparse_mode": call["sparse_mode"],
+        "window": (call.get("pre_tokens", INT64_MAX), call.get("next_tokens", INT64_MAX)),
         "lengths": next((name for name in present if name != "int32"), "int32"),
         "contiguous": all(tensor.is_contiguous() for tensor in tensors),
     }

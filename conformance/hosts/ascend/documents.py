@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 # ACLNN_ERR_PARAM_INVALID, from the operator's first function.
 ERROR = 161002
 ON_950 = "950"
+LARGEST = 2**63 - 1
 Named: TypeAlias = Mapping[str, Any]
 # A sentence of the documents, and whether the call of a chip breaks it.
 Rule: TypeAlias = tuple[str, Callable[[Named, str], bool]]
@@ -47,6 +48,10 @@ SHARED: tuple[Rule, ...] = (
     ("lengths and block tables are int32", lambda call, chip: any(x.dtype != "int32" for x in _lengths(call))),
     ("tensors are contiguous", lambda call, chip: chip != ON_950 and any(not _contiguous(x) for x in _seen(call))),
     ("there is one key head", lambda call, chip: call["key"].shape[-2] != 1),
+    (
+        "pre_tokens and next_tokens are the largest int64",
+        lambda call, chip: {call.get("pre_tokens", LARGEST), call.get("next_tokens", LARGEST)} != {LARGEST},
+    ),
     ("sparse_mode is 0 or 3", lambda call, chip: call["sparse_mode"] not in (0, 3)),
     (
         "TND queries come with their lengths",
