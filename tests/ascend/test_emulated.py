@@ -18,13 +18,8 @@ from dsa_portable.conformance.report.schema import Evidence, Status
 
 COMMAND = str(Path(sysconfig.get_path("scripts")) / "dsa-portable")
 SAMPLES = {
-    "A2": (
-        "index-bf16-f32-prefill-ragged",
-        "index-int8-f16-f16-decode-scores",
-        "attend-bf16-decode-paged64",
-        "attend-bf16-prefill-sink",
-        "attend-ascend_656_nrs_int8-decode-paged64",
-    ),
+    "A2": ("index-bf16-f32-prefill-ragged", "index-int8-f16-f16-decode-scores", "attend-ascend_656_nrs_int8-decode-paged64"),
+    "A3": ("index-bf16-bf16-decode-paged64", "attend-f16-decode-lse"),
     "950": ("index-e4m3-bf16-f32-decode-h32-page64", "attend-ascend_656_nrs_fp8-decode-lse"),
 }
 
@@ -47,6 +42,15 @@ def test_a_sample_of_core_is_emulated_and_earns_no_level(tmp_path: Path, chip: s
     assert all(claim.level is None for claim in report.claims)
     assert "EMULATED" in done.stdout.splitlines()[-1]
     assert any(entry.sources.get("exp_ulp") == "assumed" for entry in report.profiles)
+
+
+def test_smoke_passes_or_is_refused_as_declared(tmp_path: Path) -> None:
+    done = run(tmp_path, COMMAND, "conformance", "--level", "smoke", "--emulate", "A2", "--out", "out")
+    report = schema.load(tmp_path / "out" / "report.json")
+    assert done.returncode == 0, done.stdout
+    assert {row.status for row in report.cases} == {Status.PASS, Status.UNSUPPORTED}
+    assert sum(row.status is Status.PASS for row in report.cases) == 14
+    assert (report.evidence, report.level) == (Evidence.EMULATED, None)
 
 
 def test_a_chip_that_nobody_stands_in_for_is_refused(tmp_path: Path) -> None:
