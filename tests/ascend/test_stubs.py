@@ -264,6 +264,24 @@ def test_a_folder_is_built_once_for_a_torch_npu(stubs: Path, tmp_path: Path, mon
     assert (folder / host.FIRST).read_bytes() == before
 
 
+def test_two_processes_may_build_in_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second builds, and loads, while the first is at it; the first neither breaks it nor is broken by it."""
+    real, seen = host._run, []
+
+    def run(*command: str, text: str = "") -> str:
+        done = real(*command, text=text)
+        if command[0] == "gcc" and not seen:
+            seen.append("another")
+            seen.extend(path.name for path in host.build(tmp_path / "both"))
+            seen.append(ctypes.CDLL(str(tmp_path / "both" / host.FIRST)).aclInit())
+        return done
+
+    monkeypatch.setattr(host, "_run", run)
+    built = [path.name for path in host.build(tmp_path / "both")]
+    assert seen == ["another", *built, host.ERROR]
+    assert sorted(path.name for path in (tmp_path / "both").iterdir()) == sorted([*built, host.MARK])
+
+
 def test_the_command_builds_and_counts(tmp_path: Path) -> None:
     done = run("-m", host.__name__, tmp_path / "new")
     assert (done.returncode, done.stderr) == (0, "")

@@ -19,6 +19,7 @@ from hashlib import sha256
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from dsa_portable.errors import DeviceUnavailable
 
@@ -78,14 +79,20 @@ def make(
         libraries, functions = needed(Path(package.origin).parent)
         text = source(Path(package.origin).parent, functions)
         folder.mkdir(parents=True, exist_ok=True)
-        for old in (mark, *folder.glob("*.so")):
+        # Made aside and moved into place, the mark last: another process may build here too, or have the old ones loaded.
+        with TemporaryDirectory(dir=folder) as temporary:
+            aside = Path(temporary)
+            # Whoever opens one of the empty libraries finds all functions behind it.
+            behind = ("-Wl,--no-as-needed", f"-L{aside}", f"-l:{FIRST}", "-Wl,-rpath,$ORIGIN")
+            for name in sorted({*libraries, *opened}, key=lambda name: name != FIRST):
+                command = ("gcc", "-shared", "-fPIC", "-w", "-x", "c", "-", f"-Wl,-soname,{name}", "-o", str(aside / name))
+                _run(*command, *(() if name == FIRST else behind), text=text if name == FIRST else "")
+            (aside / MARK).write_text(made_from, encoding="utf-8")
+            made = sorted(aside.iterdir(), key=lambda path: path.name == MARK)
+            for path in made:
+                path.replace(folder / path.name)
+        for old in set(folder.glob("*.so")) - {folder / path.name for path in made}:
             old.unlink(missing_ok=True)
-        # Whoever opens one of the empty libraries finds all functions behind it.
-        behind = ("-Wl,--no-as-needed", f"-L{folder}", f"-l:{FIRST}", "-Wl,-rpath,$ORIGIN")
-        for name in sorted({*libraries, *opened}, key=lambda name: name != FIRST):
-            command = ("gcc", "-shared", "-fPIC", "-w", "-x", "c", "-", f"-Wl,-soname,{name}", "-o", str(folder / name))
-            _run(*command, *(() if name == FIRST else behind), text=text if name == FIRST else "")
-        mark.write_text(made_from, encoding="utf-8")
     return sorted(folder.glob("*.so"))
 
 
