@@ -115,6 +115,18 @@ def there_and_back() -> Iterator[tuple[str, Any]]:
         yield name, same(bits.npu().cpu(), bits) and same(bits.npu()[::2, 1:].cpu(), part.contiguous())
 
 
+def streams() -> Any:
+    """Work on a stream of its own, an event that another waits for, and memory that is pinned for it."""
+    stream, event = torch.npu.Stream(), torch.npu.Event()
+    pinned = F.pin_memory()
+    with torch.npu.stream(stream):
+        doubled = pinned.to("npu", non_blocking=True) * 2
+        event.record()
+    torch.npu.current_stream().wait_event(event)
+    stream.synchronize()
+    return [event.query(), stream.query(), pinned.is_pinned(), same(doubled.cpu(), F * 2)]
+
+
 def error(function: Callable[[], Any]) -> str:
     try:
         function()
@@ -242,6 +254,7 @@ def main() -> dict[str, Any]:
     if "--all" in sys.argv:
         report |= {"bits": dict(there_and_back()), "operators": dict(operators())}
         report["called"] = sorted({call.operator for call in host.calls})
+        report["streams"] = streams()
         cache = floats(4, 16, 1, 160, dtype=BFLOAT16).npu()
         report |= {
             "recorded": recorded("npu_lightning_indexer", INDEXED),

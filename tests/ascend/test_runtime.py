@@ -104,6 +104,10 @@ def test_every_operator_of_the_table_was_called_and_compared(report: dict[str, A
     assert set(device.SYMBOLS.values()) <= set(aclnn.OPERATORS)
 
 
+def test_streams_events_and_pinned_memory_work(report: dict[str, Any]) -> None:
+    assert report["streams"] == [True, True, True, True]
+
+
 # --- what is recorded ---
 
 

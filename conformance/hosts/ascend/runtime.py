@@ -39,9 +39,11 @@ NOTHING_TO_DO = (
     "aclrtSetStreamFailureMode",
     "aclrtSetStreamOverflowSwitch",
     "aclrtSetSysParamOpt",
+    "aclrtStreamWaitEvent",
     "aclrtSynchronizeDeviceWithTimeout",
     "aclrtSynchronizeEvent",
     "aclrtSynchronizeStream",
+    "aclrtSynchronizeStreamWithTimeout",
 )
 # ACL's other calls that torch_npu needs; every call that is in neither table is an error.
 ACL: Mapping[str, str] = {
@@ -56,6 +58,9 @@ ACL: Mapping[str, str] = {
     "aclrtCreateEventExWithFlag": (
         "int aclrtCreateEventExWithFlag(void **event, uint32_t flag) { *event = calloc(1, 64); return 0; }"
     ),
+    "aclrtCreateEventWithFlag": (
+        "int aclrtCreateEventWithFlag(void **event, uint32_t flag) { *event = calloc(1, 64); return 0; }"
+    ),
     "aclrtCreateStreamWithConfig": (
         "int aclrtCreateStreamWithConfig(void **stream, uint32_t priority, uint32_t flag)"
         " { *stream = calloc(1, 64); return 0; }"
@@ -63,6 +68,7 @@ ACL: Mapping[str, str] = {
     "aclrtDestroyEvent": "int aclrtDestroyEvent(void *event) { free(event); return 0; }",
     "aclrtEventElapsedTime": "int aclrtEventElapsedTime(float *ms, void *from, void *to) { *ms = 0; return 0; }",
     "aclrtFree": "int aclrtFree(void *memory) { free(memory); return 0; }",
+    "aclrtFreeHost": "int aclrtFreeHost(void *memory) { free(memory); return 0; }",
     "aclrtGetCurrentContext": (
         "int aclrtGetCurrentContext(void **context) { static char only[64]; *context = only; return 0; }"
     ),
@@ -83,6 +89,10 @@ ACL: Mapping[str, str] = {
         "int aclrtMalloc(void **, size_t, int);"
         " int aclrtMallocAlign32(void **memory, size_t size, int policy) { return aclrtMalloc(memory, size, policy); }"
     ),
+    # With an error here, pinning memory ends the process.
+    "aclrtMallocHost": (
+        "int aclrtMallocHost(void **memory, size_t size) { *memory = malloc(size + !size); return *memory ? 0 : 207001; }"
+    ),
     "aclrtMemcpy": (
         "int aclrtMemcpy(void *to, size_t room, const void *from, size_t size, int kind)"
         " { if (size > room) return 107000; memmove(to, from, size); return 0; }"
@@ -95,6 +105,7 @@ ACL: Mapping[str, str] = {
     "aclrtSetOpExecuteTimeOutV2": (
         "int aclrtSetOpExecuteTimeOutV2(uint64_t wanted, uint64_t *given) { *given = wanted; return 0; }"
     ),
+    "aclrtStreamQuery": "int aclrtStreamQuery(void *stream, int *status) { *status = 0; return 0; }",
     "aclsysGetCANNVersion": (
         "int aclsysGetCANNVersion(int package, char *version) { strcpy(version, cann_version); return 0; }"
     ),
