@@ -5,6 +5,7 @@ A process of its own: torch_npu loads its libraries once. Numbers are compared h
 
 from __future__ import annotations
 
+import ctypes
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dsa_portable.conformance.hosts.ascend import runtime
+from dsa_portable.conformance.hosts.ascend import aclnn, runtime
 
 host = runtime.start(Path(sys.argv[1]))
 
@@ -130,9 +131,16 @@ def streams() -> Any:
 def error(function: Callable[[], Any]) -> str:
     try:
         function()
-    except RuntimeError as exc:
+    except (RuntimeError, ValueError) as exc:
         return str(exc)
     return "no error"
+
+
+def beyond(last: int) -> str:
+    """A tensor of 3 in a storage of 4, from an offset on which its last element is this one."""
+    memory = (ctypes.c_float * 8)()
+    place = aclnn._Tensor(rank=1, sizes=(3,), strides=(1,), offset=last - 2, places=4, data=ctypes.addressof(memory))
+    return error(lambda: aclnn._tensor(ctypes.addressof(place)))
 
 
 def integers(*values: int) -> torch.Tensor:
@@ -263,6 +271,8 @@ def main() -> dict[str, Any]:
             "acl": error(lambda: torch.npu.get_device_properties(0)),
             "absent": error(lambda: torch.npu.get_device_limit(0)),
             "mixed": error(lambda: torch.ops.npu.npu_lightning_indexer(**{**on_npu(INDEXED), "key": INDEXED["key"]})),
+            "beyond": [beyond(3), beyond(4)],
+            "another shape": error(lambda: aclnn._compute(aclnn.OPERATORS["aclnnRelu"], [F, torch.empty(1, 4)])),
             "raises": error(lambda: F.npu()[integers(7).npu()]),
             "dtype": error(lambda: torch.zeros(3, dtype=torch.float8_e5m2, device="npu").clone()),
             # What no NPU has, torch_npu carries to and fro and refuses to compute with.

@@ -163,6 +163,7 @@ def test_nobody_makes_a_strided_cache_contiguous(report: dict[str, Any]) -> None
         ("acl", "aclGetDeviceCapability is not modelled"),
         ("absent", "Failed to find function aclrtGetDeviceResLimit"),
         ("mixed", "Expected all tensors to be on the same device"),
+        ("another shape", "the result is [3, 4], but the output [1, 4]"),
         ("raises", "aclnnIndex: IndexError: index 7 is out of bounds"),
         ("dtype", "aclnnInplaceZero: ValueError: aclDataType 35 is not modelled"),
         ("fnuz", "Float8_e4m3fnuz has not been supported"),
@@ -171,6 +172,10 @@ def test_nobody_makes_a_strided_cache_contiguous(report: dict[str, Any]) -> None
 )
 def test_what_the_host_cannot_do_is_an_error_that_names_it(report: dict[str, Any], what: str, words: str) -> None:
     assert words in report[what]
+
+
+def test_a_tensor_that_reaches_past_its_storage_is_an_error(report: dict[str, Any]) -> None:
+    assert report["beyond"] == ["no error", "a tensor reaches element 4 of a storage of 4"]
 
 
 def test_every_function_that_torch_npu_needs_is_answered_or_an_error(folder: Path) -> None:
