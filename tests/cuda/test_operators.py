@@ -593,7 +593,7 @@ def test_attend_reads_and_writes_any_strides(topk: int) -> None:
 FAR = """
 import sys
 from importlib import import_module
-from dsa_portable.conformance.hosts.triton import requested
+from dsa_portable.conformance.hosts import triton
 triton.prepare()
 import torch
 from dsa_portable import Batch
