@@ -23,13 +23,15 @@ case $suite in
     requirements=(torch triton --editable "$root[cpu,test]")
     tests=(tests/cuda)
     # Triton reads it when a kernel is defined; the tests that compile start processes without it.
-    export TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1
+    export TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1
     ;;
   ascend)
     requirements=(torch torch-npu --editable "$root[cpu,test]")
     tests=(tests/ascend)
     # Otherwise torch loads torch_npu while it is imported, and fails for want of CANN.
     export TORCH_DEVICE_BACKEND_AUTOLOAD=0
+    # Threads of two processes on two cores wait for each other.
+    export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
     ;;
   *)
     echo "$suite is no test suite, but core, torch, cuda and ascend are; name one of them." >&2

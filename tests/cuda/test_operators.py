@@ -600,7 +600,7 @@ from dsa_portable import Batch
 from dsa_portable.request import attend_request
 
 sys.path.insert(0, sys.argv[1])
-where = "cpu" if requested() else "cuda"
+where = "cpu" if triton.requested() else "cuda"
 try:
     kv = torch.empty((3_900_000, 576), dtype=torch.bfloat16, device=where)
 except RuntimeError:
