@@ -197,6 +197,27 @@ def test_every_operator_of_op_plugin_has_its_two_functions(folder: Path) -> None
     assert library.aclnnCumsumGetWorkspaceSize() == aclnn.ERROR
 
 
+# --- a fault of the runtime's own ---
+
+
+@pytest.mark.parametrize(
+    ("case", "operator"),
+    [
+        ("attend-bf16-decode-lse", ""),
+        ("attend-bf16-decode-lse", "aclnnSort"),
+        ("attend-bf16-decode-lse", "aclnnSparseFlashAttention"),
+    ],
+    ids=["honest", "sort", "attention"],
+)
+def test_an_operator_that_answers_0_and_does_nothing_is_caught_by_a_case(folder: Path, case: str, operator: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in HIDDEN}
+    command = [sys.executable, str(CALLS.with_name("silent.py")), str(folder), case, *filter(None, [operator])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    status, rule, reason = json.loads(done.stdout.splitlines()[-1])
+    assert status == ("FAIL" if operator else "PASS"), f"{rule} {reason}"
+
+
 # --- starting ---
 
 
@@ -214,6 +235,16 @@ def test_missing_tools_are_one_sentence(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(stubs.HostUnavailable, match=r"^gcc and nm and readelf not found on PATH; install gcc and binutils"):
         runtime.start(tmp_path / "new", "A3")
+
+
+def test_a_torch_npu_with_other_symbols_is_refused_by_their_names(tmp_path: Path) -> None:
+    (tmp_path / "lib").mkdir()
+    package = Path(str(find_spec("torch_npu").submodule_search_locations[0]))  # type: ignore[union-attr, index]
+    text = (package / "lib" / "libtorch_npu.so").read_bytes()
+    other = text.replace(b"\0aclnnLightningIndexerGetWorkspaceSize\0", b"\0aclnnLightningIndexexGetWorkspaceSize\0")
+    (tmp_path / "lib" / "libtorch_npu.so").write_bytes(other)
+    with pytest.raises(stubs.HostUnavailable, match=r"^this torch_npu does not call aclnnLightningIndexer, which the host"):
+        aclnn.source(tmp_path)
 
 
 @pytest.mark.parametrize("what", ["torch", "CANN"])

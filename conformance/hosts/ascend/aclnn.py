@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dsa_portable.conformance.hosts.ascend import documents
+from dsa_portable.conformance.hosts.ascend.stubs import HostUnavailable
 
 
 class _Torch:
@@ -156,9 +157,17 @@ ERROR = 561000
 
 
 def source(package: Path) -> str:
-    """C of both functions of every operator that the torch_npu in this folder calls."""
-    names = re.findall(rb"\0(aclnn\w+)" + WORKSPACE.encode() + rb"\0", (package / "lib" / "libtorch_npu.so").read_bytes())
-    return "\n".join(map(_functions, sorted({name.decode() for name in names} | set(OPERATORS))))
+    """C of both functions of every operator that the torch_npu in this folder calls.
+
+    Raises HostUnavailable where it does not call one of the table: it is another torch_npu than the table was written for.
+    """
+    found = re.findall(rb"\0(aclnn\w+)" + WORKSPACE.encode() + rb"\0", (package / "lib" / "libtorch_npu.so").read_bytes())
+    names = {name.decode() for name in found}
+    if missing := sorted(set(OPERATORS) - names):
+        raise HostUnavailable(
+            f"this torch_npu does not call {', '.join(missing)}, which the host runtime computes; install torch-npu 2.13.0."
+        )
+    return "\n".join(map(_functions, sorted(names)))
 
 
 def _functions(name: str) -> str:
