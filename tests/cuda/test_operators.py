@@ -6,9 +6,11 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -820,3 +822,31 @@ def test_without_float8_units_the_results_are_the_same(monkeypatch: pytest.Monke
     expected = (*bits(selection()), *bits([attention()]))
     monkeypatch.setattr(configurations, "native_fp8", lambda architecture: False)
     assert (*bits(selection()), *bits([attention()])) == expected
+
+
+# --- the tensors' own device ---
+
+
+@pytest.mark.parametrize("operator", ["lightning_index", "sparse_attend"])
+def test_every_launch_is_on_the_tensors_device(monkeypatch: pytest.MonkeyPatch, operator: str) -> None:
+    """Triton launches on the current device, whichever the tensors are on; with two GPUs tests/cuda/test_device.py sees it."""
+    inside: list[Any] = []
+    launched: list[Any] = []
+
+    @contextmanager
+    def of(tensor: Any) -> Iterator[None]:
+        inside.append(tensor.device)
+        yield
+        inside.pop()
+
+    modules = [import_module(f"dsa_portable.backends.cuda.{name}") for name in (operator, "rows")]
+    for module in modules:
+        honest = module.launch
+        monkeypatch.setattr(module, "launch", lambda *a, _launch=honest, **n: (launched.append(list(inside)), _launch(*a, **n)))
+    monkeypatch.setattr(device, "of", of)
+    if operator == "lightning_index":
+        lightning_index(**placed(index_call()), backend="cuda")
+    else:
+        sparse_attend(**placed(attend_call().arguments), backend="cuda")
+    assert len(launched) > 1
+    assert all([str(where) for where in each] == [str(torch.empty(0, device=DEVICE).device)] for each in launched)
