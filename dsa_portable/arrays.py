@@ -66,6 +66,11 @@ def on_host(array: Array) -> bool:
     return device_name(array) == "cpu"
 
 
+def readable(array: Array) -> bool:
+    """True where the array has values that the host can read now; a compiler's fake tensor on the host has none."""
+    return on_host(array) and not (is_torch(array) and array.untyped_storage().device.type == "meta")
+
+
 def namespace(array: Array) -> Any:
     """The module (`numpy` or `torch`) whose `where`, `searchsorted` and `arange` take this array."""
     return sys.modules["torch"] if is_torch(array) else np
@@ -133,10 +138,13 @@ def as_int(value: object) -> int | None:
     """The integer that value is, NumPy's scalars included; None for a bool, an array (it may be on a device) or a fraction."""
     if isinstance(value, bool) or is_array(value):
         return None
+    symbolic = getattr(sys.modules.get("torch"), "SymInt", ())
     try:
-        return operator.index(value)  # type: ignore[arg-type]
+        # operator.index would fix the number that a compiler leaves open.
+        number: int = value if isinstance(value, symbolic) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         return None
+    return number
 
 
 def describe(array: object) -> str:

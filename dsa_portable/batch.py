@@ -24,6 +24,7 @@ from dsa_portable.arrays import (
     kind,
     namespace,
     on_host,
+    readable,
     row_numbers,
     to_numpy,
 )
@@ -94,7 +95,7 @@ class Batch:
                 raise InvalidArgument(f"Batch: {name} is {describe(value)}, but int32 of rank {rank} is accepted; convert it.")
         self._check_sizes()
         self._check_integers()
-        if on_host(self.cu_seqlens_q) and on_host(self.seqlens_k):
+        if readable(self.cu_seqlens_q) and readable(self.seqlens_k):
             self._fill_from_host()
         elif min(self.max_seqlen_q, self.max_seqlen_k) < 0 or (self.cu_seqlens_k is None and self.block_table is None):
             raise InvalidArgument(
@@ -171,7 +172,8 @@ class Batch:
     @property
     def num_requests(self) -> int:
         """R."""
-        return int(self.seqlens_k.shape[0])
+        requests: int = self.seqlens_k.shape[0]
+        return requests
 
     @property
     def phase(self) -> str:
@@ -184,7 +186,7 @@ class Batch:
 
     def _read(self, device_too: bool) -> dict[str, Int32]:
         arrays = zip(ARRAYS, self.flatten()[0], strict=True)
-        return {name: to_numpy(a) for name, a in arrays if a is not None and (device_too or on_host(a))}
+        return {name: to_numpy(a) for name, a in arrays if a is not None and (device_too or readable(a))}
 
     def _check_values(self, device_too: bool) -> None:
         values = self._read(device_too)

@@ -75,7 +75,7 @@ def test_the_example_of_a_chip_is_a_backend(tmp_path: Path, count: int | None, w
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: dsa-portable-acme\nVersion: 0.1.0\n")
     (info / "entry_points.txt").write_text("[{}]\n{}{}\n".format(*entry_points))
     (tmp_path / "dsa_portable_acme").mkdir()
-    (tmp_path / "dsa_portable_acme" / "__init__.py").write_text(blocks(README, "python")[1])
+    (tmp_path / "dsa_portable_acme" / "__init__.py").write_text(blocks(README, "python")[-1])
     if count is not None:
         (tmp_path / "torch_acme.py").write_text(SDK.replace("COUNT", str(count)))
     done = subprocess.run(

@@ -1,0 +1,182 @@
+"""Both operators under torch.library, as `torch.ops.dsa_portable`: for torch.compile, torch.export and fake tensors.
+
+>>> from dsa_portable.faces import torch_library as dsa
+>>> indices = dsa.lightning_index(q, k, weights, k_scale=k_scale, topk=2048, batch=batch)
+
+Importing this module registers them. Build a Batch outside what is compiled: it is an input, like a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from dsa_portable import ops
+from dsa_portable.batch import Batch
+from dsa_portable.errors import Unsupported
+from dsa_portable.request import Request, attend_request, index_request
+
+# A Batch crosses as what Batch.flatten() gives; both lists are empty where there is none.
+_BATCH = "Tensor?[] arrays, SymInt[] integers"
+_SCHEMAS = {
+    "lightning_index": f"(Tensor q, Tensor k, Tensor weights, *, SymInt topk, Tensor? k_scale, {_BATCH}, str? k_layout, "
+    "bool return_scores, bool sorted, str index_space, str? backend) -> Tensor[]",
+    "sparse_attend": f"(Tensor q, Tensor kv, Tensor indices, *, float softmax_scale, SymInt value_dim, Tensor? attn_sink, "
+    f"Tensor? topk_length, {_BATCH}, str? kv_layout, bool return_lse, str index_space, str? backend) -> Tensor[]",
+}
+
+
+def _real(operator: Callable[..., Any]) -> Callable[..., list[torch.Tensor]]:
+    def kernel(
+        *operands: torch.Tensor, arrays: Sequence[torch.Tensor | None], integers: Sequence[int], **options: Any
+    ) -> list[torch.Tensor]:
+        batch = Batch.unflatten(arrays, integers) if integers else None
+        results = operator(*operands, batch=batch, **options)
+        # The contract leaves a result's strides to the backend, but compiled code relies on those of the fake.
+        return [r.contiguous() for r in (results if isinstance(results, tuple) else (results,))]
+
+    return kernel
+
+
+def _fake(checked: Callable[..., Request]) -> Callable[..., list[torch.Tensor]]:
+    def kernel(
+        q: torch.Tensor,
+        *operands: torch.Tensor,
+        arrays: Sequence[torch.Tensor | None],
+        integers: Sequence[int],
+        backend: str | None,
+        **options: Any,
+    ) -> list[torch.Tensor]:
+        batch = Batch.unflatten(arrays, integers) if integers else _unread(q)
+        results = checked(q, *operands, batch=batch, out=None, **options).results
+        return [torch.empty(shape, dtype=getattr(torch, dtype), device=q.device) for dtype, shape in results.values()]
+
+    return kernel
+
+
+def _unread(q: torch.Tensor) -> Batch:
+    """One request whose lengths nobody reads: Batch.dense would take the lengths' values, and fix symbolic ones."""
+    starts, lengths = (torch.empty(n, dtype=torch.int32, device=q.device) for n in (2, 1))
+    return Batch(starts, lengths, cu_seqlens_k=starts, max_seqlen_q=0, max_seqlen_k=0)
+
+
+_library = torch.library.Library("dsa_portable", "FRAGMENT")
+for _operator, _checked in ((ops.lightning_index, index_request), (ops.sparse_attend, attend_request)):
+    _name = _operator.__name__
+    _library.define(_name + _SCHEMAS[_name])
+    _library.impl(_name, _real(_operator), "CompositeExplicitAutograd")
+    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # no gradient flows
+    torch.library.register_fake(f"dsa_portable::{_name}", _fake(_checked), lib=_library)
+
+
+def _flat(batch: Batch | None) -> dict[str, Any]:
+    if batch is None:
+        return {"arrays": [], "integers": []}
+    arrays, integers = batch.flatten()
+    return {"arrays": [torch.from_numpy(a) if isinstance(a, np.ndarray) else a for a in arrays], "integers": list(integers)}
+
+
+def _refuse_out(operator: str, out: object) -> None:
+    if out is not None:
+        raise Unsupported(
+            f"{operator}: out was passed, but operators of torch.library return new tensors; leave it out, or call "
+            f"dsa_portable.{operator}.",
+            "out",
+        )
+
+
+def lightning_index(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    topk: int,
+    k_scale: torch.Tensor | None = None,
+    batch: Batch | None = None,
+    k_layout: str | None = None,
+    return_scores: bool = False,
+    sorted: bool = True,
+    index_space: str = "request",
+    out: None = None,
+    backend: str | None = None,
+) -> Any:
+    """score[t,s] = k_scale[s] * sum_h weights[t,h] * relu(q[t,h,:] . k[s,:]); indices[t] = the topk best visible s.
+
+    `dsa_portable.lightning_index` through torch.library, over tensors on one device:
+
+    q: float8_e4m3fn, int8, bfloat16, float16 or float32 [Tq, H, D].
+    k: the same dtype, [Tk, D] or [num_pages, page_size, D]; uint8 where `k_layout` names a packed cache.
+    weights: float32, bfloat16 or float16 [Tq, H].  k_scale: float32 or float16 [Tk] or [num_pages, page_size].
+    batch: its arrays on the host or beside q; its lengths and its two maxima may change without a recompilation.
+    out: not supported.  backend: asked for when the call runs, as use_backend() and DSA_BACKEND are, not when it is compiled.
+
+    Returns int32 [Tq, topk]; with `return_scores`, also float32 [Tq, topk]. No gradient flows.
+    Raises as `dsa_portable.lightning_index` does; a fake tensor has shapes, dtypes and devices checked, and no value read.
+    """
+    _refuse_out("lightning_index", out)
+    results = torch.ops.dsa_portable.lightning_index.default(
+        q,
+        k,
+        weights,
+        topk=topk,
+        k_scale=k_scale,
+        **_flat(batch),
+        k_layout=k_layout,
+        return_scores=return_scores,
+        sorted=sorted,
+        index_space=index_space,
+        backend=backend,
+    )
+    return tuple(results) if return_scores else results[0]
+
+
+def sparse_attend(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    *,
+    softmax_scale: float,
+    value_dim: int = 512,
+    attn_sink: torch.Tensor | None = None,
+    topk_length: torch.Tensor | None = None,
+    batch: Batch | None = None,
+    kv_layout: str | None = None,
+    return_lse: bool = False,
+    index_space: str = "request",
+    out: None = None,
+    backend: str | None = None,
+) -> Any:
+    """P = softmax_j(softmax_scale * q[t,h,:] . kv[idx_j,:]); out[t,h] = sum_j P_j * kv[idx_j,:value_dim].
+
+    `dsa_portable.sparse_attend` through torch.library, over tensors on one device:
+
+    q: bfloat16, float16 or float32 [Tq, Hq, Dqk].
+    kv: the same dtype, [Tk, Dqk] or [num_pages, page_size, Dqk]; uint8 where `kv_layout` names a packed cache.
+    indices: int32 [Tq, topk].  attn_sink: float32 [Hq].  topk_length: int32 [Tq].
+    batch, out, backend: as in `lightning_index`.
+
+    Returns q's dtype [Tq, Hq, value_dim]; with `return_lse`, also float32 [Tq, Hq]. No gradient flows.
+    Raises as `dsa_portable.sparse_attend` does; a fake tensor has shapes, dtypes and devices checked, and no value read.
+    """
+    _refuse_out("sparse_attend", out)
+    results = torch.ops.dsa_portable.sparse_attend.default(
+        q,
+        kv,
+        indices,
+        softmax_scale=softmax_scale,
+        value_dim=value_dim,
+        attn_sink=attn_sink,
+        topk_length=topk_length,
+        **_flat(batch),
+        kv_layout=kv_layout,
+        return_lse=return_lse,
+        index_space=index_space,
+        backend=backend,
+    )
+    return tuple(results) if return_lse else results[0]
+
+
+__all__ = ["lightning_index", "sparse_attend"]
