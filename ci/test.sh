@@ -2,7 +2,7 @@
 # The project's own tests: bash ci/test.sh [SUITE [pytest arguments]]
 #
 #   core    everything that needs no torch (the default)
-#   torch   tests/torch: tensors where arrays go, on the CPU
+#   torch   tests/torch: tensors where arrays go and torch.library, on the CPU
 #   cuda    tests/cuda: the CUDA backend in Triton's interpreter, and its kernels compiled for chips that are not there
 #   ascend  tests/ascend: the Ascend backend over the real torch_npu, with neither CANN nor an NPU; needs gcc and binutils
 set -euo pipefail

@@ -3,7 +3,7 @@
 >>> from dsa_portable.faces import torch_library as dsa
 >>> indices = dsa.lightning_index(q, k, weights, k_scale=k_scale, topk=2048, batch=batch)
 
-Importing this module registers them. Build a Batch outside what is compiled: it is an input, like a tensor.
+Importing this module registers them. A Batch is built outside what is compiled, and goes in like a tensor.
 """
 
 from __future__ import annotations
@@ -110,11 +110,12 @@ def lightning_index(
     q: float8_e4m3fn, int8, bfloat16, float16 or float32 [Tq, H, D].
     k: the same dtype, [Tk, D] or [num_pages, page_size, D]; uint8 where `k_layout` names a packed cache.
     weights: float32, bfloat16 or float16 [Tq, H].  k_scale: float32 or float16 [Tk] or [num_pages, page_size].
-    batch: its arrays on the host or beside q; its lengths and its two maxima may change without a recompilation.
+    batch: its arrays on the host or beside q. The first call with other sizes or maxima recompiles, later ones do not.
     out: not supported.  backend: asked for when the call runs, as use_backend() and DSA_BACKEND are, not when it is compiled.
 
     Returns int32 [Tq, topk]; with `return_scores`, also float32 [Tq, topk]. No gradient flows.
-    Raises as `dsa_portable.lightning_index` does; a fake tensor has shapes, dtypes and devices checked, and no value read.
+    Raises as `dsa_portable.lightning_index` does, and torch's own error for a wrong type. Of fake tensors, shapes, dtypes and
+    devices are checked and no value is read.
     """
     _refuse_out("lightning_index", out)
     results = torch.ops.dsa_portable.lightning_index.default(
@@ -159,7 +160,8 @@ def sparse_attend(
     batch, out, backend: as in `lightning_index`.
 
     Returns q's dtype [Tq, Hq, value_dim]; with `return_lse`, also float32 [Tq, Hq]. No gradient flows.
-    Raises as `dsa_portable.sparse_attend` does; a fake tensor has shapes, dtypes and devices checked, and no value read.
+    Raises as `dsa_portable.sparse_attend` does, and torch's own error for a wrong type. Of fake tensors, shapes, dtypes and
+    devices are checked and no value is read.
     """
     _refuse_out("sparse_attend", out)
     results = torch.ops.dsa_portable.sparse_attend.default(

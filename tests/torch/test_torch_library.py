@@ -129,7 +129,7 @@ def assert_same_bits(got: Any, expected: Any) -> None:
     assert len(several(got)) == len(several(expected))
     for one, other in zip(several(got), several(expected), strict=True):
         assert (one.dtype, one.shape) == (other.dtype, other.shape)
-        assert torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+        assert arrays.to_numpy(one).tobytes() == arrays.to_numpy(other).tobytes()
 
 
 # --- the operators ---------------------------------------------------------------------------------------------------------
@@ -291,6 +291,28 @@ def test_lengths_are_read_when_the_graph_runs() -> None:
     assert_same_bits(second, step(*arguments))
     assert not torch.equal(first[0], second[0])
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("batch", [None, RAGGED, tensors(PAGED)])
+def test_exported(batch: Batch | None) -> None:
+    class Layer(torch.nn.Module):
+        def forward(self, *arguments: Any) -> Any:
+            return step(*arguments, batch, batch)
+
+    arguments = tuple(operands(batch, batch))
+    rows = torch.export.Dim("rows", min=2)
+    shapes = ({0: rows}, None, {0: rows}, {0: rows}, None) if batch is None else None
+    exported = torch.export.export(Layer(), arguments, dynamic_shapes=shapes and (shapes,))
+    assert_same_bits(exported.module()(*arguments), step(*arguments, batch, batch))
+    called = [str(node.target) for node in exported.graph.nodes if "dsa_portable" in str(node.target)]
+    assert called == ["dsa_portable.lightning_index.default", "dsa_portable.sparse_attend.default"]
+
+
+@pytest.mark.parametrize("batch", [Batch.of([], []), Batch.of([0, 0], [9, 13]), Batch.of([5], [0])])
+def test_nothing_to_do(batch: Batch) -> None:
+    rows, keys = int(batch.cu_seqlens_q[-1]), int(batch.seqlens_k.sum())
+    arguments = [*operands(batch, batch, rows, keys), batch, batch]
+    assert_same_bits(torch.compile(step, backend="aot_eager", fullgraph=True)(*arguments), step(*arguments))
 
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="the default compiler of torch needs a C++ compiler")
