@@ -1,4 +1,4 @@
-"""The `dsa-portable` command: which backends there are, the conformance run, kernels built, the ONNX export.
+"""The `dsa-portable` command: which backends there are, the conformance run, rates, kernels built, the ONNX export.
 
 An error is one line and an exit code: 0 no failure; 1 a failure; 2 usage or harness; 3 nothing or not everything executed;
 4 backend unavailable.
@@ -80,6 +80,20 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--emulate", metavar="CHIP", help="let the backend stand in for a chip; the evidence is then EMULATED")
     run.set_defaults(run=_conformance)
 
+    bench = commands.add_parser("bench", help="time a backend beside what its machine and its peers give in the same run")
+    bench.add_argument("--backend", help="name; default: DSA_BACKEND, else cpu")
+    bench.add_argument("--op", metavar="OPERATOR", help="lightning_index or sparse_attend alone (default both)")
+    bench.add_argument(
+        "--out", type=Path, default=Path("dsa-bench"), metavar="DIR", help="for bench.json and bench.md (dsa-bench)"
+    )
+    bench.add_argument(
+        "--check", action="store_true", help="compare every call with float64 at a small size, before it is timed"
+    )
+    bench.add_argument("--only", default="", metavar="TEXT", help="only workloads with this in their name")
+    bench.add_argument("--peer", action="append", default=[], metavar="NAME", help="only this peer; may be repeated")
+    bench.add_argument("--curve", action="store_true", help="also what longer contexts cost, against dense attention")
+    bench.set_defaults(run=_bench)
+
     build = commands.add_parser("compile", help="build the CUDA backend's kernels for chips that are not there; runs nothing")
     build.add_argument("--target", required=True, metavar="CHIPS", help="for example sm_80,sm_90,sm_100,gfx942")
     build.add_argument("--only", default="", metavar="TEXT", help="only configurations with this in their name")
@@ -160,6 +174,26 @@ def _values(values: Any) -> str:
         else ",".join(str(v) for v in values)
         if isinstance(values, (tuple, list, frozenset))
         else repr(values)
+    )
+
+
+def _bench(options: argparse.Namespace) -> int:
+    run = importlib.import_module("dsa_portable.conformance.bench.run")
+    signal.signal(signal.SIGTERM, _terminated)
+    if registry.requested(options.backend) is None:
+        print("no backend named (--backend, DSA_BACKEND): this run is of the cpu backend")
+    return int(
+        run.run(
+            backend=options.backend,
+            operator=options.op,
+            out=options.out,
+            check=options.check,
+            only=options.only,
+            peers=options.peer,
+            curve=options.curve,
+            say=lambda line: print(line, flush=True),
+            command=shlex.join(["dsa-portable", *sys.argv[1:]]),
+        )
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -33,7 +34,12 @@ def prepare(directory: Path) -> None:
 def write(report: Report, directory: Path) -> list[Path]:
     """Write report.json, junit.xml and summary.md over what a former run left. Raises ReportDirectoryError."""
     # All three are made before the first is put in place, so that a fault in one face, or a full disk, changes nothing.
-    texts = {directory / name: face(report) for name, face in FILES.items()}
+    return write_texts(directory, {name: face(report) for name, face in FILES.items()})
+
+
+def write_texts(directory: Path, named: Mapping[str, str]) -> list[Path]:
+    """Write files by name, in this order, each whole or not at all. Raises ReportDirectoryError."""
+    texts = {directory / name: text for name, text in named.items()}
     aside = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in texts}
     try:
         for path, text in texts.items():

@@ -1,0 +1,130 @@
+"""One backend on its device: arrays that live there, calls that reach it, and what is known of where a run took place."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, TypeAlias
+
+import numpy as np
+
+import dsa_portable
+from dsa_portable import registry
+from dsa_portable.arrays import NUMPY_DTYPES, Array
+from dsa_portable.backend import Backend, Device
+from dsa_portable.batch import Batch
+from dsa_portable.errors import InvalidArgument
+
+# An operator's keyword arguments.
+Operands: TypeAlias = Mapping[str, Any]
+# Where a device does not say how large its last cache is: larger than any.
+CACHE_BYTES = 128 << 20
+STAND_IN = "DSA_EMULATE"
+CLOCKS = "clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,power.draw,power.limit,temperature.gpu"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A backend and the device that its probe found."""
+
+    backend: Backend
+    device: Device
+    random: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+
+    @property
+    def is_host(self) -> bool:
+        """True where the device is the host's own processor, which gets the small workloads."""
+        return self.device.kind == "cpu"
+
+    @property
+    def has_torch(self) -> bool:
+        """True where the backend's arrays are torch tensors; for others torch is not imported."""
+        return self.backend.arrays == "torch"
+
+    @property
+    def torch(self) -> Any:
+        """The module."""
+        return import_module("torch")
+
+    def normal(self, shape: tuple[int, ...], dtype: str = "float32") -> Array:
+        """Standard normal numbers on the device; made there where torch can, as gigabytes would take minutes to cross."""
+        if not self.has_torch:
+            return self.backend.put(self.random.standard_normal(shape, np.float32).astype(NUMPY_DTYPES[dtype]))
+        torch = self.torch
+        drawn = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+        return torch.randn(shape, device=self.device.kind, dtype=drawn).to(getattr(torch, dtype))
+
+    def copies(self, array: np.ndarray[Any, Any], count: int) -> Array:
+        """`count` copies on the device, end to end along the first axis; they are multiplied there."""
+        there = self.backend.put(array)
+        return there.repeat(count, *[1] * (array.ndim - 1)) if self.has_torch else np.concatenate([there] * count)
+
+    def place(self, batch: Batch) -> Batch:
+        """The batch with its lengths on the device, where a server keeps them and a graph finds them."""
+        return _mapped(batch, self.backend.put)
+
+    def fetch(self, operands: Operands) -> dict[str, Any]:
+        """The operands as NumPy arrays."""
+        plain = (bool, int, float, str)
+        return {
+            name: _mapped(value, self.backend.get)
+            if isinstance(value, Batch)
+            else value
+            if isinstance(value, plain)
+            else self.backend.get(value)
+            for name, value in operands.items()
+        }
+
+    def call(self, operator: str, operands: Operands) -> Any:
+        """One call of the public operator."""
+        return getattr(dsa_portable, operator)(**operands, backend=self.backend.name)
+
+    def cache_bytes(self) -> int:
+        """Size of the last cache before memory."""
+        if self.device.kind != "cuda":
+            return CACHE_BYTES
+        return int(getattr(self.torch.cuda.get_device_properties("cuda"), "L2_cache_size", CACHE_BYTES))
+
+    def release(self) -> None:
+        """Give back what a workload has left in torch's pool, so that the next one starts with all of the memory."""
+        if self.device.kind == "cuda":
+            self.torch.cuda.empty_cache()
+
+    def witness(self) -> int | None:
+        """The backend's count of work done on the chip; None where it keeps none."""
+        return self.backend.witness() if self.backend.witness else None
+
+    def clocks(self) -> dict[str, str]:
+        """Clocks, power and temperature as nvidia-smi tells them now; empty where there is none."""
+        if self.device.kind != "cuda" or not shutil.which("nvidia-smi"):
+            return {}
+        uuid = getattr(self.torch.cuda.get_device_properties("cuda"), "uuid", None)
+        which = [f"--id=GPU-{uuid}"] if uuid else []
+        command = ["nvidia-smi", *which, f"--query-gpu={CLOCKS}", "--format=csv,noheader"]
+        try:
+            said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        except (OSError, subprocess.SubprocessError):
+            return {}
+        return dict(zip(CLOCKS.split(","), map(str.strip, said.partition("\n")[0].split(",")), strict=False))
+
+
+def find(name: str | None) -> Machine:
+    """The machine of the backend that was named. Raises BackendError, or InvalidArgument for what has no rates to tell."""
+    backend = registry.load(registry.requested(name) or "cpu")
+    device = registry.device(backend.name)
+    if "interpreter" in (device.architecture, device.kind) or os.environ.get(STAND_IN):
+        how = f"{STAND_IN} is set" if os.environ.get(STAND_IN) else f"its device is the {device.chip}"
+        raise InvalidArgument(
+            f"backend {backend.name!r} is SIMULATED or EMULATED here ({how}), but a rate is of a chip; unset what stands in "
+            "for one."
+        )
+    return Machine(backend, device)
+
+
+def _mapped(batch: Batch, move: Any) -> Batch:
+    arrays, integers = batch.flatten()
+    return Batch.unflatten([None if array is None else move(array) for array in arrays], integers)
