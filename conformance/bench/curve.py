@@ -9,7 +9,7 @@ from dsa_portable.conformance.bench import reference
 from dsa_portable.conformance.bench.machine import Machine, Operands
 from dsa_portable.conformance.bench.peers import DENSE, chosen
 from dsa_portable.conformance.bench.timing import Call, Timing, data_sets, in_turn
-from dsa_portable.conformance.bench.workloads import Size, Workload, operands
+from dsa_portable.conformance.bench.workloads import Size, Workload, attend_operands, operands
 
 DSA, INDEX = "DSA", "lightning_index alone"
 
@@ -75,9 +75,9 @@ def check(machine: Machine) -> dict[str, str]:
     wrong: dict[str, str] = {}
     for curve in (Curve("", 2, 1, 256, (256,)), Curve("", 1, 32, 256, (256,))):
         index, attend = curve.workloads(256)
-        operators, data = _operands(machine, index, attend)
+        queries, data = operands(machine, index), attend_operands(machine, attend)
         host = machine.fetch(data)
-        for name, call in _contenders(machine, attend, operators, data, wrong, ()).items():
+        for name, call in _contenders(machine, attend, queries, data, wrong, ()).items():
             if name == INDEX:
                 continue
             try:
@@ -96,8 +96,8 @@ def _measured(machine: Machine, curve: Curve, keys: int, without: Container[str]
     calls: dict[str, list[Call]] = {}
     try:
         for _ in range(data_sets(machine, index.bytes_moved)):
-            operators, data = _operands(machine, index, attend)
-            for name, call in _contenders(machine, attend, operators, data, problems, without).items():
+            queries, data = operands(machine, index), attend_operands(machine, attend)
+            for name, call in _contenders(machine, attend, queries, data, problems, without).items():
                 calls.setdefault(name, []).append(call)
         timings = in_turn(machine, calls, graph=attend.phase == "decode")
     except Exception as exc:  # out of memory while operands are made: the other points are still worth having
@@ -105,10 +105,6 @@ def _measured(machine: Machine, curve: Curve, keys: int, without: Container[str]
     problems |= {name: f"{type(t).__name__}: {t}" for name, t in timings.items() if isinstance(t, Exception)}
     seconds = {name: t.seconds for name, t in timings.items() if isinstance(t, Timing) and name not in problems}
     return Point(curve.name, keys, seconds, problems)
-
-
-def _operands(machine: Machine, index: Workload, attend: Workload) -> tuple[Operands, Operands]:
-    return operands(machine, index), operands(machine, attend)
 
 
 def _contenders(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, TypeAlias
@@ -92,11 +93,17 @@ class Machine:
     def release(self) -> None:
         """Give back what a workload has left in torch's pool, so that the next one starts with all of the memory."""
         if self.device.kind == "cuda":
-            self.torch.cuda.empty_cache()
+            # After an illegal access every call of the driver fails, and the row that made it is still to be written.
+            with suppress(RuntimeError):
+                self.torch.cuda.empty_cache()
 
-    def witness(self) -> int | None:
-        """The backend's count of work done on the chip; None where it keeps none."""
-        return self.backend.witness() if self.backend.witness else None
+    def reached_by(self, call: Callable[[], object]) -> bool:
+        """True where the backend's witness saw this call do work on the chip; False too where it has no witness."""
+        witness = self.backend.witness or (lambda: 0)
+        before = witness()
+        call()
+        self.backend.synchronize()
+        return witness() > before
 
     def clocks(self) -> dict[str, str]:
         """Clocks, power and temperature as nvidia-smi tells them now; empty where there is none."""

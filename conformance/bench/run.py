@@ -163,17 +163,14 @@ class _Run:
             "ceiling": None,
             "share": None,
             "peers": {},
-            "reached": None,
+            "reached": False,
         }
-        before = self.machine.witness()
         try:
             row |= self._measured(w)
         except Unsupported as exc:
             row |= {"status": UNSUPPORTED, "reason": str(exc)}
         except Exception as exc:  # out of memory, a kernel that does not build: one row, and the run goes on
             row |= {"status": ERROR, "reason": f"{type(exc).__name__}: {exc}"}
-        after = self.machine.witness()
-        row["reached"] = None if before is None or after is None else after > before
         gc.collect()  # a traceback would keep the operands of a failed row
         self.machine.release()
         return row
@@ -198,6 +195,7 @@ class _Run:
                 except Exception as exc:  # a peer's own failure costs its ratio, not the row
                     told[peer.name] = {"reason": f"{type(exc).__name__}: {exc}"}
                     calls.pop(peer.name, None)
+        reached = self.machine.reached_by(calls[""][0])
         timings = in_turn(self.machine, calls, graph=w.phase == "decode")
         own_time = timings.pop("")
         if isinstance(own_time, Exception):
@@ -208,7 +206,13 @@ class _Run:
                 if isinstance(timing, Timing)
                 else {"reason": f"{type(timing).__name__}: {timing}"}
             )
-        return {"seconds": own_time.seconds, "rounds": list(own_time.rounds), "peers": told, **self._share(w, own_time.seconds)}
+        return {
+            "reached": reached,
+            "seconds": own_time.seconds,
+            "rounds": list(own_time.rounds),
+            "peers": told,
+            **self._share(w, own_time.seconds),
+        }
 
     def _share(self, w: Workload, seconds: float) -> dict[str, Any]:
         bound = ceilings.bound(w, self.ceilings)

@@ -141,10 +141,14 @@ def _index_operands(machine: Machine, w: Workload) -> Operands:
 
 
 def _attend_operands(machine: Machine, w: Workload) -> Operands:
+    return {**attend_operands(machine, w), "indices": machine.backend.put(_selected(machine.random, w.size))}
+
+
+def attend_operands(machine: Machine, w: Workload) -> Operands:
+    """The operands of sparse_attend but for `indices`, which a model gets from lightning_index."""
     s = w.size
     shared = {
         "q": machine.normal((s.rows, w.heads, KEY_DIM), w.dtype),
-        "indices": machine.backend.put(_selected(machine.random, s)),
         "softmax_scale": SOFTMAX_SCALE,
         "batch": _batch(machine, w),
     }
