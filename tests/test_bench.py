@@ -17,7 +17,7 @@ from dsa_portable import registry
 from dsa_portable.conformance.bench import ceilings, curve, machine, markdown, peers, reference, run, timing
 from dsa_portable.conformance.bench.plot import svg
 from dsa_portable.conformance.bench.workloads import TABLE, Size, Workload, operands
-from dsa_portable.errors import InvalidArgument
+from dsa_portable.errors import InvalidArgument, Unsupported
 from tests import plugins
 
 ATTEND = Workload("sparse_attend", 4, Size(6, 64, 8, 3), Size(2, 64, 8, 1), "bfloat16")
@@ -102,6 +102,35 @@ def test_a_call_of_the_table_is_what_the_reference_computes(w: Workload) -> None
 
 
 # --- a run ---
+
+
+def test_contenders_have_their_turns_in_every_round_and_a_failed_one_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    def broken() -> None:
+        said.append("c")
+        if said.count("c") > 2:
+            raise RuntimeError("late")
+
+    contenders = {"a": [lambda: said.append("a0"), lambda: said.append("a1")], "b": [lambda: said.append("b")], "c": [broken]}
+    timings = timing.in_turn(cpu(), contenders)
+    # Each once for every data set and once for an estimate, then two rounds; c fails in the first.
+    assert said == ["a0", "a1", "a0", "b", "b", "c", "c", "a1", "b", "c", "a0", "b"]
+    assert [isinstance(t, timing.Timing) for t in timings.values()] == [True, True, False]
+    assert str(timings["c"]) == "late"
+
+
+def test_what_is_not_offered_is_no_failure_and_no_measurement(tmp_path: Path) -> None:
+    odd = replace(INDEX, dtype="float16", layout=None)
+    unsupported = "capability"
+
+    def refuse(self: machine.Machine, operator: str, data: machine.Operands) -> Any:
+        raise Unsupported("not offered.", unsupported)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine.Machine, "call", refuse)
+        code, report, _ = done(tmp_path, [odd])
+    assert (code, report["rows"][0]["status"], report["evidence"]) == (3, "UNSUPPORTED", "EMULATED")
 
 
 def test_a_run_writes_everything_and_leaves_nothing_half_written(tmp_path: Path) -> None:

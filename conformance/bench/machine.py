@@ -126,8 +126,7 @@ def find(name: str | None) -> Machine:
     if "interpreter" in (device.architecture, device.kind) or os.environ.get(STAND_IN):
         how = f"{STAND_IN} is set" if os.environ.get(STAND_IN) else f"its device is the {device.chip}"
         raise InvalidArgument(
-            f"backend {backend.name!r} is SIMULATED or EMULATED here ({how}), but a rate is of a chip; unset what stands in "
-            "for one."
+            f"backend {backend.name!r} is SIMULATED or EMULATED here ({how}), but a rate is of a chip; run it on one."
         )
     return Machine(backend, device)
 

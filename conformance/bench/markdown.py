@@ -55,13 +55,14 @@ def text(report: Row) -> str:
     device, clocks = report["device"], report["clocks"]
     versions = ", ".join(f"{name} {value}" for name, value in device["versions"].items())
     ceilings = ", ".join(f"{name} {rate(c['rate'], c['unit'])}" for name, c in report["ceilings"].items())
+    commit = report["environment"]["suite_commit"][:12]
     parts = [
         f"# {report['evidence']}: rates of backend {report['backend']['name']} on {device['chip']}",
-        f"{report['evidence_reason']}. {device['driver']}; {versions}; commit {report['environment']['suite_commit'][:12]}; "
-        f"{report['started']}; `{report['command']}`.",
+        f"Evidence: {report['evidence_reason']}. {device['driver']}; {versions}; commit {commit}; {report['started']}; "
+        f"`{report['command']}`.",
         f"The machine in the same run: {ceilings or 'not measured'}. A share is the time that the nearer ceiling would take, "
-        "over the time taken. Medians of five rounds, in which all contenders had their turns; caches cold, decode in graphs "
-        "where there are any. A peer's factor is its time over the backend's: above 1 the backend is faster.",
+        "over the time taken. Medians of five rounds, in which all contenders had their turns; on CUDA the device's own time, "
+        "caches cold, decode in graphs. A peer's factor is its time over the backend's: above 1 the backend is faster.",
         *(f"Clocks {when}: {', '.join(f'{k} {v}' for k, v in clocks[when].items())}." for when in clocks if clocks[when]),
         *(f"Peer {name} was not there: {_cell(reason)}." for name, reason in report["peers_missing"].items()),
         _rates(report["rows"]),

@@ -22,6 +22,8 @@ from dsa_portable.errors import InvalidArgument
 KERNELS, PORTABLE = "DSA_CUDA_KERNELS", "portable"
 # Intermediates of one slab of the eager peers, in bytes.
 SLAB = 1 << 30
+# torch's kernels that never hold all scores; its math kernel is what `torch eager` is, without slabs.
+FUSED = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION")
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def chosen(table: Iterable[Peer], machine: Machine, names: Iterable[str] = ()) -
 
 def _needs(kind: str) -> Callable[[Machine], str]:
     return lambda machine: (
-        "" if machine.backend.arrays == kind else f"it takes {kind} arrays, backend {machine.backend.name!r} not"
+        "" if machine.backend.arrays == kind else f"it takes {kind} arrays, unlike backend {machine.backend.name!r}"
     )
 
 
@@ -199,8 +201,7 @@ def _sdpa_dense(machine: Machine, w: Workload, operands: Operands) -> Call:
     attention, bias = import_module("torch.nn.attention"), import_module("torch.nn.attention.bias")
     sdpa = machine.torch.nn.functional.scaled_dot_product_attention
     q, kv = _by_request(w, operands["q"]), _by_request(w, operands["kv"])[:, None]
-    # The math kernel is what `torch eager` is, without slabs.
-    kernels = [getattr(attention.SDPBackend, name) for name in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION")]
+    kernels = [getattr(attention.SDPBackend, name) for name in FUSED]
     mask = None
     if w.rows_each == 1:
         rows = q  # the heads take the place of rows, as all read the same keys and none is masked
