@@ -128,7 +128,10 @@ def find(name: str | None) -> Machine:
         raise InvalidArgument(
             f"backend {backend.name!r} is SIMULATED or EMULATED here ({how}), but a rate is of a chip; run it on one."
         )
-    return Machine(backend, device)
+    found = Machine(backend, device)
+    if found.has_torch:
+        found.torch.manual_seed(0)
+    return found
 
 
 def _mapped(batch: Batch, move: Any) -> Batch:

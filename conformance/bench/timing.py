@@ -67,7 +67,7 @@ def in_turn(
         try:
             prepared[name] = _prepare(machine, calls, pool, seconds)
         except Exception as exc:  # one contender's own failure, whatever it is, must not cost the others their turn
-            found[name] = exc
+            found[name] = exc.with_traceback(None)  # its frames would keep gigabytes until the others are done
     for _ in range(ROUNDS):
         for name, ready in prepared.items():
             if name in found:
@@ -75,7 +75,7 @@ def in_turn(
             try:
                 times = [seconds(ready.run) for _ in range(ready.repeats)]
             except Exception as exc:
-                found[name] = exc
+                found[name] = exc.with_traceback(None)
             else:
                 rounds[name].append(statistics.median(times) / ready.calls)
     prepared.clear()
