@@ -6,8 +6,8 @@ from collections.abc import Container
 from itertools import product
 from typing import Any
 
-from dsa_portable.backend import Backend
-from dsa_portable.backends.cuda import device
+from dsa_portable.backend import Backend, Device
+from dsa_portable.backends.cuda import configurations, device
 from dsa_portable.capability import ANY, YES, Capabilities
 from dsa_portable.formats import LAYOUTS
 
@@ -38,6 +38,15 @@ _CAPABILITIES: Capabilities = {
     },
 }
 
+
+def _capabilities(found: Device | None) -> Capabilities:
+    """All of it, but for float32 attention where the Hopper kernels are asked for, which have none."""
+    if configurations.asked_for() != "hopper":
+        return _CAPABILITIES
+    attend = _CAPABILITIES["sparse_attend"]
+    return {**_CAPABILITIES, "sparse_attend": {**attend, "format": tuple(name for name in attend["format"] if name != "f32")}}
+
+
 BACKEND = Backend(
     name="cuda",
     version="0.1.0",
@@ -51,7 +60,7 @@ BACKEND = Backend(
     },
     install="pip install 'dsa-portable[cuda]'",
     probe=device.probe,
-    capabilities=lambda found: _CAPABILITIES,
+    capabilities=_capabilities,
     profile=device.profile,
     put=device.put,
     get=device.get,

@@ -118,7 +118,7 @@ def launches(architecture: str) -> dict[str, Launched]:
 
 def _name(stored: str, launched: Launched) -> str:
     kernel = launched.kernel.__name__
-    if kernel not in ("score_rows", "attend_rows"):
+    if kernel not in ("score_rows", "score_row", "attend_rows", "attend_rows_hopper"):
         return " ".join([kernel, *(f"{n}={launched.constants[n]}" for n in ("PARTS", "CAPACITY") if n in launched.constants)])
     blocks = " ".join(f"{name.removeprefix('BLOCK_')}{size}" for name, size in launched.configuration.blocks.items())
     shape = f"w{launched.configuration.num_warps} s{launched.configuration.num_stages}"
@@ -127,7 +127,7 @@ def _name(stored: str, launched: Launched) -> str:
 
 def compiled(target: str, launched: Launched) -> Any:
     """Triton's program for a launch, specialised as the launch itself would be."""
-    compiler, backends = import_module("triton.compiler"), import_module("triton.backends.compiler")
+    backends = import_module("triton.backends.compiler")
     parameters = launched.kernel.arg_names
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
@@ -141,11 +141,18 @@ def compiled(target: str, launched: Launched) -> Any:
         signature[name] = _type(value)
         if not plain and not isinstance(value, float) and (not isinstance(value, int) or value % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
-    source = compiler.ASTSource(fn=launched.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    source = _source(launched.kernel)(fn=launched.kernel, signature=signature, constexprs=constants, attrs=attributes)
     is_amd = target.startswith("gfx")
     chip = backends.GPUTarget("hip", target, 64) if is_amd else backends.GPUTarget("cuda", int(target[3:]), 32)
     options = {"num_warps": launched.configuration.num_warps, "num_stages": launched.configuration.num_stages}
     return import_module("triton").compile(source, target=chip, options=options)
+
+
+def _source(kernel: Any) -> Any:
+    """How Triton takes a kernel of its own language, or of Gluon."""
+    if kernel.is_gluon():
+        return import_module("triton.experimental.gluon._runtime").GluonASTSource
+    return import_module("triton.compiler").ASTSource
 
 
 def _type(value: Any) -> str:

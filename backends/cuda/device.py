@@ -13,7 +13,7 @@ import numpy as np
 
 from dsa_portable.arrays import dtype_name, from_numpy, to_numpy
 from dsa_portable.backend import Device
-from dsa_portable.backends.cuda.configurations import INTERPRETER
+from dsa_portable.backends.cuda.configurations import INTERPRETER, KERNELS, asked_for, no_hopper
 from dsa_portable.backends.cuda.launch import recording_for
 from dsa_portable.errors import DeviceUnavailable, Unsupported
 from dsa_portable.profile import Accumulator, Profile
@@ -34,7 +34,9 @@ def probe() -> Device:
     """The current CUDA or HIP device, or the interpreter."""
     torch, triton = import_module("torch"), import_module("triton")
     versions = {"torch": torch.__version__, "triton": triton.__version__}
+    asked = asked_for()
     if interpreting():
+        _refuse_hopper(asked, INTERPRETER, triton.__version__)
         versions["numpy"] = version("numpy")
         return Device("cpu", "Triton interpreter", f"{platform.system()} {platform.release()}", 1, INTERPRETER, versions)
     if not torch.cuda.is_available():
@@ -43,8 +45,14 @@ def probe() -> Device:
     name = architecture(torch.device("cuda", torch.cuda.current_device()))
     if not _accepted(name):
         raise DeviceUnavailable(f"{found.name} is {name}, but sm_80 and later are accepted; use another GPU.")
+    _refuse_hopper(asked, name, triton.__version__)
     driver = f"HIP {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}, driver {_driver()}"
     return Device("cuda", found.name, driver, torch.cuda.device_count(), name, versions)
+
+
+def _refuse_hopper(asked: str | None, architecture: str, triton: str) -> None:
+    if asked == "hopper" and (why := no_hopper(architecture, triton)):
+        raise DeviceUnavailable(f"{KERNELS} is 'hopper', but {why}; unset it or set 'portable'.")
 
 
 def _driver() -> str:
@@ -67,6 +75,12 @@ def _architecture(where: Any) -> str:
     torch = import_module("torch")
     found = torch.cuda.get_device_properties(where)
     return str(found.gcnArchName).partition(":")[0] if torch.version.hip else f"sm_{found.major}{found.minor}"
+
+
+@cache
+def multiprocessors(where: Any) -> int:
+    """How many of a kernel's programs run at a time that fill one each; an H100's where launches are recorded."""
+    return 132 if recording_for() else int(import_module("torch").cuda.get_device_properties(where).multi_processor_count)
 
 
 def _accepted(name: str) -> bool:

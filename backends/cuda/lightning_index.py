@@ -8,7 +8,7 @@ import torch
 
 from dsa_portable.arrays import dtype_name
 from dsa_portable.backends.cuda import configurations, device
-from dsa_portable.backends.cuda.kernels.lightning_index import score_rows
+from dsa_portable.backends.cuda.kernels.lightning_index import score_row, score_rows
 from dsa_portable.backends.cuda.kernels.top_k import bound_rows, count_parts, pick_rows, scan_parts
 from dsa_portable.backends.cuda.launch import launch
 from dsa_portable.backends.cuda.rows import NO_PART, Part, Rows, asking_for, deliver, find, parts_of, results_of, scratch_bytes
@@ -30,11 +30,12 @@ def _run(request: IndexRequest, q: torch.Tensor, results: list[torch.Tensor]) ->
     # What is refused is refused before the first kernel runs.
     cache, scratch = _cache(request), scratch_bytes()
     rows, longest = find(request.batch, q, visible=True), max(1, request.batch.max_seqlen_k)
-    # Rows of the scratch begin at addresses that 16 divides.
-    stride = -(-longest // 4) * 4
+    # Triton proves the alignment of strides that 16 divides; the selection reads to the end of a block.
+    stride = -(-longest // 16) * 16
     slab = max(1, min(len(q), scratch // (4 * stride)))
-    with asking_for("lightning_index", 4 * slab * stride):
-        logits = torch.empty((slab, stride), dtype=torch.float32, device=q.device)
+    size = slab * stride + configurations.scan(device.architecture(q.device)).blocks["BLOCK"]
+    with asking_for("lightning_index", 4 * size):
+        logits = torch.empty(size, dtype=torch.float32, device=q.device)[: slab * stride].view(slab, stride)
     for first in range(0, len(q), slab):
         last = min(first + slab, len(q))
         _score(request, q, cache, rows, logits, first, last)
@@ -54,11 +55,12 @@ def _score(
     architecture, name = device.architecture(q.device), dtype_name(q)
     decode = name == "float8_e4m3fn" and not configurations.native_fp8(architecture)
     configuration = configurations.score(architecture, name, request.dims["H"], request.batch.max_seqlen_q)
-    k, scale = cache["values"], cache.get("scale", NO_PART)
+    k, scale, blocks = cache["values"], cache.get("scale", NO_PART), configuration.blocks
     assert k.numbers is not None
+    keys = blocks["BLOCK_K"] * blocks.get("TILES", 1)
     launch(
-        score_rows,
-        (-(-logits.stride(0) // configuration.blocks["BLOCK_K"]), -(-(last - first) // configuration.blocks["ROWS"])),
+        score_row if "TILES" in blocks else score_rows,
+        (-(-logits.stride(0) // keys), -(-(last - first) // blocks.get("ROWS", 1))),
         configuration,
         q.view(torch.uint8) if decode else q,
         request.weights.contiguous(),

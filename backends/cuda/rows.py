@@ -24,13 +24,12 @@ VARIABLE, SCRATCH = "DSA_CUDA_SCRATCH", 512 << 20
 
 
 class Rows(NamedTuple):
-    """A batch beside q, as kernels take it: int32 arrays, `owner` of each row (num_requests for padding) and what it sees."""
+    """A batch beside q, as kernels take it: int32 arrays; `owner` of each row (num_requests for padding), keys start to end."""
 
     owner: torch.Tensor
     start: torch.Tensor | None
-    end: torch.Tensor | None
+    end: torch.Tensor
     cu_seqlens_q: torch.Tensor
-    seqlens_k: torch.Tensor
     cu_seqlens_k: torch.Tensor | None
     block_table: torch.Tensor | None
     table_stride: int
@@ -50,15 +49,15 @@ NO_PART = Part(None, 0, 0, 0)
 
 
 def find(batch: Batch, q: torch.Tensor, *, visible: bool) -> Rows:
-    """Who owns each row and, with `visible`, which keys it sees; the batch is copied to q's device where it is not there."""
+    """Who owns each row and which keys it has: those it sees, or all of its request; the batch is put beside q if need be."""
     if capturing() and any(array is not None and on_host(array) for array in batch.flatten()[0]):
         raise InvalidArgument(
             "the batch holds host arrays, but this stream is being captured into a graph, which would replay them as they are; "
             "put the batch on the device."
         )
     rows = q.shape[0]
-    owner, *seen = torch.empty((3 if visible else 1, rows), dtype=torch.int32, device=q.device)
-    start, end = seen if visible else (None, None)
+    owner, end, *seen = torch.empty((3 if visible else 2, rows), dtype=torch.int32, device=q.device)
+    start = seen[0] if visible else None
     cu_seqlens_q, seqlens_k = beside(batch.cu_seqlens_q, q), beside(batch.seqlens_k, q)
     bounds = (beside(batch.key_start, q), beside(batch.key_end, q)) if visible and batch.key_start is not None else (None, None)
     launch(
@@ -73,9 +72,9 @@ def find(batch: Batch, q: torch.Tensor, *, visible: bool) -> Rows:
         end,
         rows,
         batch.num_requests,
-        CAUSAL=batch.causal,
+        CAUSAL=visible and batch.causal,
     )
-    shared = (owner, start, end, cu_seqlens_q, seqlens_k)
+    shared = (owner, start, end, cu_seqlens_q)
     if batch.block_table is None:
         return Rows(*shared, beside(batch.cu_seqlens_k, q), None, 0, 0)
     table = beside(batch.block_table, q).contiguous()

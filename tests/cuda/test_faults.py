@@ -12,8 +12,8 @@ from . import planted
 ATTEND, INDEX, TOP_K, ROWS = (f"kernels/{name}.py" for name in ("sparse_attend", "lightning_index", "top_k", "rows"))
 # Room for no more candidates than are chosen: every long row has too many.
 SMALL = ("configurations.py", "((2048, 8192), (8192, 16384))", "((2048, 2048),)")
-# Every row is split, as those of few heads are.
-SPLIT = ("configurations.py", "return 1 if heads >= 64 else max(", "return max(")
+# Every row is split.
+SPLIT = ("configurations.py", 'os.environ.get(PARTS) or "1"', 'os.environ.get(PARTS) or "2"')
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ FAULTS = (
         (ATTEND, "place = (local * PARTS + part)", "place = (part * tl.num_programs(1) + local)"),
         "attend-bf16-decode-flat",
         "bound",
+        (SPLIT,),
     ),
     Fault(
         "the sink counts in every part",
@@ -60,7 +61,7 @@ FAULTS = (
         "exp2 without log2(e)",
         (ATTEND, "(logits - raised[:, None]) * to_base_2", "(logits - raised[:, None]) * softmax_scale"),
         "attend-bf16-decode-flat",
-        "bound",
+        "rms",
     ),
     Fault(
         "the last tile is dropped",
@@ -97,8 +98,8 @@ FAULTS = (
         "weights in bfloat16",
         (
             INDEX,
-            "weight = tl.load(weights + wide_row * HEADS + head).to(tl.float32)",
-            "weight = tl.load(weights + wide_row * HEADS + head).to(tl.bfloat16).to(tl.float32)",
+            "weight = tl.load(weights + place, mask=wanted, other=0.0).to(tl.float32)",
+            "weight = tl.load(weights + place, mask=wanted, other=0.0).to(tl.bfloat16).to(tl.float32)",
         ),
         "index-e4m3-f32-f32-prefill-cancel",
         "certificate",

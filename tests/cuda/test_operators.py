@@ -758,6 +758,7 @@ def test_too_little_memory_says_how_much_was_asked_for(monkeypatch: pytest.Monke
     else:
         arguments = placed(attend_call(topk=1024, heads=3, seqlens=DECODE).arguments)
         run = partial(sparse_attend, **arguments, backend="cuda")
+    monkeypatch.setenv("DSA_CUDA_PARTS", "2")
     monkeypatch.setattr(torch, "empty", full)
     with pytest.raises(torch.cuda.OutOfMemoryError) as error:
         run()

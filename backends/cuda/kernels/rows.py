@@ -30,19 +30,19 @@ def find_rows(
         stop = tl.load(cu_seqlens_q + request + 1, mask=request < num_requests, other=2147483647)
         found += tl.sum((stop[None, :] <= row[:, None]).to(tl.int32), axis=1)
     tl.store(owner + row, found, mask=inside)
+    owned = inside & (found < num_requests)
+    length = tl.load(seqlens_k + found, mask=owned, other=0)
+    first_key = tl.zeros([ROWS], tl.int32)
+    last_key = length
+    if key_start is not None:
+        first_key = tl.maximum(tl.load(key_start + row, mask=owned, other=0), 0)
+        last_key = tl.minimum(tl.load(key_end + row, mask=owned, other=0), length)
+    elif CAUSAL:
+        last_key = length - (tl.load(cu_seqlens_q + found + 1, mask=owned, other=0) - 1 - row)
+    last_key = tl.where(owned, tl.maximum(last_key, 0), 0)
     if start is not None:
-        owned = inside & (found < num_requests)
-        length = tl.load(seqlens_k + found, mask=owned, other=0)
-        first_key = tl.zeros([ROWS], tl.int32)
-        last_key = length
-        if key_start is not None:
-            first_key = tl.maximum(tl.load(key_start + row, mask=owned, other=0), 0)
-            last_key = tl.minimum(tl.load(key_end + row, mask=owned, other=0), length)
-        elif CAUSAL:
-            last_key = length - (tl.load(cu_seqlens_q + found + 1, mask=owned, other=0) - 1 - row)
-        last_key = tl.where(owned, tl.maximum(last_key, 0), 0)
         tl.store(start + row, tl.minimum(first_key, last_key), mask=inside)
-        tl.store(end + row, last_key, mask=inside)
+    tl.store(end + row, last_key, mask=inside)
 
 
 @triton.jit

@@ -27,7 +27,7 @@ def attend_rows(
     topk_length,
     attn_sink,
     owner,
-    seqlens_k,
+    end,
     cu_seqlens_k,
     block_table,
     out,
@@ -39,7 +39,6 @@ def attend_rows(
     heads,
     topk,
     first_row,
-    num_requests,
     table_stride,
     page_size,
     kv_page_stride,
@@ -65,7 +64,7 @@ def attend_rows(
     row = (first_row + tl.program_id(1)).to(tl.int64)
     part = tl.program_id(2)
     request = tl.load(owner + row)
-    length = tl.load(seqlens_k + request, mask=request < num_requests, other=0)
+    length = tl.load(end + row)
     head = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     real_head = head < heads
     dims = tl.arange(0, VALUE_DIM)

@@ -2,6 +2,7 @@
 
 bound_rows: a sample of a long row gives a value that its topk-th score reaches almost surely.
 count_parts, scan_parts: what reaches it is compacted, in order of position, into at most CAPACITY candidates.
+Both read whole blocks, so that a thread loads 16 bytes at a time: what lies outside a row belongs to the scratch.
 pick_rows: the exact choice among them. A row that the sample did not serve, with too few candidates, more than CAPACITY or
 more than CAPACITY entries asked for, is searched whole: slower, as exact, and with no buffer of any size.
 """
@@ -104,9 +105,8 @@ def count_parts(logits, start, end, bound, counts, first_row, logits_stride, top
         begin, stop = part_of(low, high, PARTS, BLOCK)
         for first in range(begin, stop, BLOCK):
             position = first + tl.arange(0, BLOCK)
-            inside = (position >= low) & (position < stop)
-            scores = tl.load(logits + local.to(tl.int64) * logits_stride + position, mask=inside, other=float("nan"))
-            found += (scores >= limit).to(tl.int32)
+            scores = tl.load(logits + local.to(tl.int64) * logits_stride + position)
+            found += ((scores >= limit) & (position >= low) & (position < stop)).to(tl.int32)
     tl.store(counts + local * PARTS + tl.program_id(1), tl.sum(found, 0))
 
 
@@ -138,9 +138,8 @@ def scan_parts(
         begin, stop = part_of(low, high, PARTS, BLOCK)
         for first in range(begin, stop, BLOCK):
             position = first + tl.arange(0, BLOCK)
-            inside = (position >= low) & (position < stop)
-            scores = tl.load(logits + local.to(tl.int64) * logits_stride + position, mask=inside, other=float("nan"))
-            reaches = scores >= limit
+            scores = tl.load(logits + local.to(tl.int64) * logits_stride + position)
+            reaches = (scores >= limit) & (position >= low) & (position < stop)
             order = tl.cumsum(reaches.to(tl.int32), 0)
             place = seat + order - 1
             packed = (scores.to(tl.int32, bitcast=True).to(tl.int64) << 32) | position.to(tl.int64)
@@ -197,7 +196,7 @@ def pick_candidates(candidates, found, topk, indices, scores, CAPACITY: tl.const
     """The choice among candidates that lie in registers."""
     place = tl.arange(0, CAPACITY)
     real = place < found
-    packed = tl.load(candidates + place, mask=real, other=0)
+    packed = tl.load(candidates + place)
     value = (packed >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     keys = key_of(value)
     low = tl.min(tl.where(real, keys, 2147483647), 0)
