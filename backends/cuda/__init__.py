@@ -13,6 +13,7 @@ from dsa_portable.formats import LAYOUTS
 
 _WEIGHTS = ("f32", "bf16", "f16")
 _SHARED: dict[str, Container[Any]] = {"topk": ANY, "flat": YES, "page_size": ANY, "ragged": YES, "out": YES, "heads": ANY}
+_ATTEND_FORMATS = ("f32", "bf16", "f16", *(name for name, layout in LAYOUTS.items() if layout.operator == "sparse_attend"))
 _CAPABILITIES: Capabilities = {
     "lightning_index": {
         **_SHARED,
@@ -29,7 +30,7 @@ _CAPABILITIES: Capabilities = {
     },
     "sparse_attend": {
         **_SHARED,
-        "format": ("f32", "bf16", "f16", *(name for name, layout in LAYOUTS.items() if layout.operator == "sparse_attend")),
+        "format": _ATTEND_FORMATS,
         "dims": ("576/512", "512/512"),
         "return_lse": YES,
         "attn_sink": YES,
@@ -43,8 +44,7 @@ def _capabilities(found: Device | None) -> Capabilities:
     """All of it, but for float32 attention where the Hopper kernels are asked for, which have none."""
     if configurations.asked_for() != "hopper":
         return _CAPABILITIES
-    attend = _CAPABILITIES["sparse_attend"]
-    return {**_CAPABILITIES, "sparse_attend": {**attend, "format": tuple(name for name in attend["format"] if name != "f32")}}
+    return {**_CAPABILITIES, "sparse_attend": {**_CAPABILITIES["sparse_attend"], "format": _ATTEND_FORMATS[1:]}}
 
 
 BACKEND = Backend(

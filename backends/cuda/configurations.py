@@ -72,9 +72,9 @@ def score(architecture: str, dtype: str, heads: int, max_seqlen_q: int) -> Launc
     block_h = {"BLOCK_H": min(_MOST_HEADS, max(16, power_of_two(heads)))}
     if max_seqlen_q <= 1 and heads <= _MOST_HEADS:
         one = _SCORE_ONE_INTERPRETED if architecture == INTERPRETER else _SCORE_ONE[dtype] if native else _SCORE_ONE_DECODED
-        return Launch(block_h | one.blocks, one.num_warps, one.num_stages)
+        return Launch({**block_h, **one.blocks}, one.num_warps, one.num_stages)
     base = _SCORE[dtype] if native else _SCORE_DECODED
-    blocks = block_h | base.blocks | {"ROWS": min(_MOST_ROWS, power_of_two(max_seqlen_q))}
+    blocks = {**block_h, **base.blocks, "ROWS": min(_MOST_ROWS, power_of_two(max_seqlen_q))}
     return Launch(blocks, base.num_warps, base.num_stages)
 
 

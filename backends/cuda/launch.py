@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 from dsa_portable.backends.cuda.configurations import Launch
 from dsa_portable.errors import DeviceUnavailable, InvalidArgument
@@ -24,12 +24,29 @@ class Launched:
     configuration: Launch
 
 
+class Submitted(NamedTuple):
+    """A launch that ran: Triton's program, the grid, all arguments in the order of the kernel's."""
+
+    program: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Tape:
+    """What a call launched, in order, and the scratch that it allocated."""
+
+    submitted: list[Submitted] = field(default_factory=list)
+    scratch: list[Any] = field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class _Recorder:
     architecture: str
     launches: list[Launched]
 
 
+_tape: ContextVar[Tape | None] = ContextVar("dsa_portable_cuda_tape", default=None)
 _recorder: ContextVar[_Recorder | None] = ContextVar("dsa_portable_cuda_recorder", default=None)
 
 
@@ -41,15 +58,6 @@ def capturing() -> bool:
 @cache
 def _cuda() -> Any:
     return import_module("torch").cuda
-
-
-@cache
-def _runtime() -> tuple[Any, Any]:
-    return import_module("triton").knobs.runtime, import_module("triton.runtime.driver").driver
-
-
-def _current_device() -> int:
-    return int(_cuda().current_device()) if _cuda().is_initialized() else -1
 
 
 @cache
@@ -69,30 +77,6 @@ def _forbid_compiling_in_capture() -> None:
     runtime.jit_cache_hook = hook
 
 
-# Programs by all that Triton specialises one for. Triton's own look-up costs more than the launch.
-_programs: dict[Any, Any] = {}
-
-
-def _kind(value: Any) -> Any:
-    """What Triton makes of an argument: a dtype and whether 16 divides the address, or what it may assume of a number."""
-    if value is None or isinstance(value, float):
-        return type(value)
-    if isinstance(value, int):
-        return value == 1, value % 16 == 0, -(1 << 31) <= value < 1 << 31
-    return value.dtype, value.data_ptr() % 16 == 0
-
-
-def _submit(program: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
-    """As Triton's own launch of a program that it found, with its hooks where there are any."""
-    runtime, driver = _runtime()
-    stream = driver.active.get_current_stream(_current_device())
-    # A chain of no hooks would be called all the same.
-    hooks = [hook if getattr(hook, "calls", hook) else None for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook)]
-    metadata = program.launch_metadata(grid, stream, *arguments) if any(hooks) else None
-    x, y, z = (*grid, 1, 1)[:3]
-    program.run(x, y, z, stream, program.function, program.packed_metadata, metadata, *hooks, *arguments)
-
-
 def launch(kernel: Any, grid: tuple[int, ...], configuration: Launch, *arguments: Any, **constants: Any) -> None:
     """Run a kernel over the grid on the current device; `constants` join the configuration's block sizes."""
     constants |= configuration.blocks
@@ -100,23 +84,41 @@ def launch(kernel: Any, grid: tuple[int, ...], configuration: Launch, *arguments
     if recorder is not None:
         recorder.launches.append(Launched(kernel, arguments, constants, configuration))
         return
-    shape = configuration.num_warps, configuration.num_stages
-    key = (id(kernel), _current_device(), *shape, *constants.values(), *map(_kind, arguments))
-    program = _programs.get(key)
-    if program is not None:
-        _submit(program, grid, (*arguments, *(constants[name] for name in kernel.arg_names[len(arguments) :])))
-        return
     if capturing():
         _forbid_compiling_in_capture()
     try:
-        # None from the interpreter.
-        program = kernel[grid](*arguments, **constants, num_warps=shape[0], num_stages=shape[1])
+        # Triton gives its program back; its interpreter gives None.
+        program = kernel[grid](*arguments, **constants, num_warps=configuration.num_warps, num_stages=configuration.num_stages)
     except OSError as exc:
         # The only files of a launch are the compiler's.
         raise DeviceUnavailable(
             f"Triton could not compile or keep a kernel ({exc}); set TRITON_CACHE_DIR to a folder that can be written."
         ) from exc
-    _programs[key] = program
+    tape = _tape.get()
+    if tape is not None:
+        tape.submitted.append(
+            Submitted(program, (*grid, 1, 1)[:3], (*arguments, *map(constants.get, kernel.arg_names[len(arguments) :])))
+        )
+
+
+def scratch(like: Any, dtype: Any, *shape: int) -> Any:
+    """An array for this call alone, beside `like`."""
+    array = import_module("torch").empty(shape, dtype=dtype, device=like.device)
+    tape = _tape.get()
+    if tape is not None:
+        tape.scratch.append(array)
+    return array
+
+
+@contextmanager
+def taped() -> Iterator[Tape]:
+    """Run what is launched, and keep it."""
+    tape = Tape()
+    token = _tape.set(tape)
+    try:
+        yield tape
+    finally:
+        _tape.reset(token)
 
 
 @contextmanager

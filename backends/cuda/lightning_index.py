@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -10,8 +10,9 @@ from dsa_portable.arrays import dtype_name
 from dsa_portable.backends.cuda import configurations, device
 from dsa_portable.backends.cuda.kernels.lightning_index import score_row, score_rows
 from dsa_portable.backends.cuda.kernels.top_k import bound_rows, count_parts, pick_rows, scan_parts
-from dsa_portable.backends.cuda.launch import launch
-from dsa_portable.backends.cuda.rows import NO_PART, Part, Rows, asking_for, deliver, find, parts_of, results_of, scratch_bytes
+from dsa_portable.backends.cuda.launch import launch, scratch
+from dsa_portable.backends.cuda.plan import execute
+from dsa_portable.backends.cuda.rows import NO_PART, Part, Rows, asking_for, find, parts_of, scratch_bytes
 from dsa_portable.request import IndexRequest
 
 
@@ -20,26 +21,38 @@ def lightning_index(request: IndexRequest) -> Any:
     q = request.q.contiguous()
     device.require(q, "lightning_index")
     with device.of(q):
-        results = results_of(request, q)
-        if len(q):
-            _run(request, q, results)
-        return deliver(request, results)
+        return execute(request, q, _index)
 
 
-def _run(request: IndexRequest, q: torch.Tensor, results: list[torch.Tensor]) -> None:
+def _index(request: IndexRequest, q: torch.Tensor, results: list[torch.Tensor]) -> None:
+    if not len(q):
+        return
     # What is refused is refused before the first kernel runs.
-    cache, scratch = _cache(request), scratch_bytes()
+    cache, allowed = _cache(request), scratch_bytes()
     rows, longest = find(request.batch, q, visible=True), max(1, request.batch.max_seqlen_k)
     # Triton proves the alignment of strides that 16 divides; the selection reads to the end of a block.
     stride = -(-longest // 16) * 16
-    slab = max(1, min(len(q), scratch // (4 * stride)))
+    slab = max(1, min(len(q), allowed // (4 * stride)))
     size = slab * stride + configurations.scan(device.architecture(q.device)).blocks["BLOCK"]
     with asking_for("lightning_index", 4 * size):
-        logits = torch.empty(size, dtype=torch.float32, device=q.device)[: slab * stride].view(slab, stride)
+        logits = scratch(q, torch.float32, size)[: slab * stride].view(slab, stride)
+    capacity, parts = configurations.capacity(request.topk), configurations.scan_parts(slab)
+    with asking_for("lightning_index", slab * (8 * capacity + 4 * parts + 4)):
+        kept = _Kept(
+            scratch(q, torch.int64, slab, capacity), scratch(q, torch.int32, slab, parts), scratch(q, torch.float32, slab)
+        )
     for first in range(0, len(q), slab):
         last = min(first + slab, len(q))
         _score(request, q, cache, rows, logits, first, last)
-        _select(request, rows, logits, results, first, last)
+        _select(request, rows, logits, kept, results, first, last)
+
+
+class _Kept(NamedTuple):
+    """Of each row: its candidates, how many each part of it has, and what they reach."""
+
+    candidates: torch.Tensor
+    counts: torch.Tensor
+    bound: torch.Tensor
 
 
 def _cache(request: IndexRequest) -> dict[str, Part]:
@@ -91,14 +104,11 @@ def _score(
 
 
 def _select(
-    request: IndexRequest, rows: Rows, logits: torch.Tensor, results: list[torch.Tensor], first: int, last: int
+    request: IndexRequest, rows: Rows, logits: torch.Tensor, kept: _Kept, results: list[torch.Tensor], first: int, last: int
 ) -> None:
     count, architecture = last - first, device.architecture(logits.device)
-    capacity, parts = configurations.capacity(request.topk), configurations.scan_parts(count)
-    with asking_for("lightning_index", count * (8 * capacity + 4 * parts + 4)):
-        candidates = torch.empty((count, capacity), dtype=torch.int64, device=logits.device)
-        counts = torch.empty((count, parts), dtype=torch.int32, device=logits.device)
-        bound = torch.empty(count, dtype=torch.float32, device=logits.device)
+    candidates, counts, bound = kept
+    capacity, parts = candidates.shape[1], counts.shape[1]
     seen = (logits, rows.start, rows.end)
     where = (first, logits.stride(0), request.topk)
     scan, pick = configurations.scan(architecture), configurations.pick(capacity)

@@ -13,7 +13,7 @@ import torch
 from dsa_portable.arrays import beside, on_host
 from dsa_portable.backends.cuda.configurations import FIND
 from dsa_portable.backends.cuda.kernels.rows import find_rows
-from dsa_portable.backends.cuda.launch import capturing, launch
+from dsa_portable.backends.cuda.launch import capturing, launch, scratch
 from dsa_portable.batch import Batch
 from dsa_portable.errors import InvalidArgument, Unsupported
 from dsa_portable.formats import layout
@@ -56,7 +56,7 @@ def find(batch: Batch, q: torch.Tensor, *, visible: bool) -> Rows:
             "put the batch on the device."
         )
     rows = q.shape[0]
-    owner, end, *seen = torch.empty((3 if visible else 2, rows), dtype=torch.int32, device=q.device)
+    owner, end, *seen = scratch(q, torch.int32, 3 if visible else 2, rows)
     start = seen[0] if visible else None
     cu_seqlens_q, seqlens_k = beside(batch.cu_seqlens_q, q), beside(batch.seqlens_k, q)
     bounds = (beside(batch.key_start, q), beside(batch.key_end, q)) if visible and batch.key_start is not None else (None, None)

@@ -12,8 +12,9 @@ import triton
 from dsa_portable.arrays import dtype_name
 from dsa_portable.backends.cuda import configurations, device
 from dsa_portable.backends.cuda.kernels.sparse_attend import LN_2, attend_rows, merge_parts
-from dsa_portable.backends.cuda.launch import launch
-from dsa_portable.backends.cuda.rows import NO_PART, asking_for, deliver, find, parts_of, results_of, scratch_bytes
+from dsa_portable.backends.cuda.launch import launch, scratch
+from dsa_portable.backends.cuda.plan import execute
+from dsa_portable.backends.cuda.rows import NO_PART, asking_for, find, parts_of, scratch_bytes
 from dsa_portable.formats import layout
 from dsa_portable.request import AttendRequest
 
@@ -23,16 +24,18 @@ def sparse_attend(request: AttendRequest) -> Any:
     q = request.q.contiguous()
     device.require(q, "sparse_attend")
     with device.of(q):
-        results = results_of(request, q)
-        if len(q):
-            _Call(request, q, results).run()
-        return deliver(request, results)
+        return execute(request, q, _attend)
 
 
 @cache
 def hopper_kernels() -> Any:
     """The module of the Hopper kernels, which a Triton with another Gluon cannot import."""
     return import_module("dsa_portable.backends.cuda.kernels.sparse_attend_hopper")
+
+
+def _attend(request: AttendRequest, q: torch.Tensor, results: list[torch.Tensor]) -> None:
+    if len(q):
+        _Call(request, q, results).run()
 
 
 class _Call:
@@ -64,16 +67,13 @@ class _Call:
         slab = max(1, min(len(self.q), self.scratch_bytes // per_row))
         shape = (slab, self.parts, self.heads)
         with asking_for("sparse_attend", slab * per_row):
-            scratch = tuple(
-                torch.empty(size, dtype=torch.float32, device=self.q.device)
-                for size in ((*shape, self.request.value_dim), shape, shape)
-            )
+            parts = tuple(scratch(self.q, torch.float32, *size) for size in ((*shape, self.request.value_dim), shape, shape))
         for first in range(0, len(self.q), slab):
             count = min(slab, len(self.q) - first)
-            attend(scratch, first, count)
-            self._merge(scratch, first, count)
+            attend(parts, first, count)
+            self._merge(parts, first, count)
 
-    def _attend(self, scratch: tuple[torch.Tensor | None, ...], first: int, count: int) -> None:
+    def _attend(self, parts: tuple[torch.Tensor | None, ...], first: int, count: int) -> None:
         request, rows, architecture = self.request, self.rows, self.architecture
         configuration = configurations.attend(
             architecture, dtype_name(self.q), self.heads, packed=request.kv_layout is not None
@@ -101,7 +101,7 @@ class _Call:
             rows.block_table,
             self.out,
             self.lse,
-            *scratch,
+            *parts,
             request.softmax_scale,
             self.heads,
             self.topk,
@@ -123,7 +123,7 @@ class _Call:
             PARTS=self.parts,
         )
 
-    def _attend_hopper(self, scratch: tuple[torch.Tensor | None, ...], first: int, count: int) -> None:
+    def _attend_hopper(self, parts: tuple[torch.Tensor | None, ...], first: int, count: int) -> None:
         assert self.hopper is not None
         request, rows, values, scale = self.request, self.rows, self.cache["values"], self.cache.get("scale", NO_PART)
         rope = self.cache.get("rope", values._replace(first=request.value_dim))
@@ -147,7 +147,7 @@ class _Call:
             rows.block_table,
             self.out,
             self.lse,
-            *scratch,
+            *parts,
             request.softmax_scale,
             self.heads,
             # Twice, as Triton proves the alignment of the one, and makes a constant of no 1 of the other.
@@ -171,12 +171,12 @@ class _Call:
             PARTS=self.parts,
         )
 
-    def _merge(self, scratch: tuple[torch.Tensor | None, ...], first: int, count: int) -> None:
+    def _merge(self, parts: tuple[torch.Tensor | None, ...], first: int, count: int) -> None:
         launch(
             merge_parts,
             (-(-self.heads // configurations.MERGE.blocks["BLOCK_H"]), count),
             configurations.MERGE,
-            *scratch,
+            *parts,
             self.sink,
             self.out,
             self.lse,

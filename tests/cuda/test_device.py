@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 
 from dsa_portable import Batch, InvalidArgument, lightning_index, merge, sparse_attend
-from dsa_portable.backends.cuda import device
+from dsa_portable.backends.cuda import device, plan
 from dsa_portable.conformance.hosts.triton import requested
 
 pytestmark = pytest.mark.skipif(requested() or not torch.cuda.is_available(), reason="needs a GPU, and none was found")
@@ -95,6 +96,20 @@ def test_a_graph_replays_with_new_lengths() -> None:
         graph.replay()
         assert torch.equal(out, sparse_attend(**arguments)[0])
         assert torch.equal(indices, lightning_index(**selection))
+
+
+def test_a_call_is_replayed_with_its_own_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "_plans", OrderedDict())
+    for operator, arguments in ((sparse_attend, call()), (lightning_index, index_call())):
+        other = {n: a.flip(0).contiguous() if isinstance(a, torch.Tensor) else a for n, a in arguments.items()}
+        first = operator(**arguments)
+        known = len(plan._plans)
+        replayed, again = operator(**other), operator(**arguments)
+        assert len(plan._plans) == known, "the call was not replayed"
+        plan._plans.clear()
+        for a, b in zip((replayed, again), (operator(**other), first), strict=True):
+            for x, y in zip(a if isinstance(a, tuple) else (a,), b if isinstance(b, tuple) else (b,), strict=True):
+                assert torch.equal(x, y)
 
 
 def test_a_capture_that_would_compile_is_refused() -> None:
