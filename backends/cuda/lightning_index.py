@@ -30,10 +30,10 @@ def _index(request: IndexRequest, q: torch.Tensor, results: list[torch.Tensor]) 
     # What is refused is refused before the first kernel runs.
     cache, allowed = _cache(request), scratch_bytes()
     rows, longest = find(request.batch, q, visible=True), max(1, request.batch.max_seqlen_k)
-    # Triton proves the alignment of strides that 16 divides; the selection reads to the end of a block.
+    # Triton proves the alignment of strides that 16 divides; the selection reads to the end of a block, and one block ahead.
     stride = -(-longest // 16) * 16
     slab = max(1, min(len(q), allowed // (4 * stride)))
-    size = slab * stride + configurations.scan(device.architecture(q.device)).blocks["BLOCK"]
+    size = slab * stride + 2 * configurations.scan(device.architecture(q.device)).blocks["BLOCK"]
     with asking_for("lightning_index", 4 * size):
         logits = scratch(q, torch.float32, size)[: slab * stride].view(slab, stride)
     capacity, parts = configurations.capacity(request.topk), configurations.scan_parts(slab)

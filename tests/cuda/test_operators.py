@@ -762,8 +762,8 @@ def test_too_little_memory_says_how_much_was_asked_for(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch, "empty", full)
     with pytest.raises(torch.cuda.OutOfMemoryError) as error:
         run()
-    # 13 rows of 304 scores and a block; or of each row 2 parts, 3 heads, 512 numbers and two more.
-    size = (13 * 304 + 4096) * 4 if operator == "lightning_index" else len(arguments["q"]) * 2 * 3 * 514 * 4
+    # 13 rows of 304 scores and two blocks; or of each row 2 parts, 3 heads, 512 numbers and two more.
+    size = (13 * 304 + 2 * 4096) * 4 if operator == "lightning_index" else len(arguments["q"]) * 2 * 3 * 514 * 4
     check_sentence(error, operator, f" {size} bytes", SCRATCH, str(512 << 20))
 
 

@@ -2,7 +2,8 @@
 
 bound_rows: a sample of a long row gives a value that its topk-th score reaches almost surely.
 count_parts, scan_parts: what reaches it is compacted, in order of position, into at most CAPACITY candidates.
-Both read whole blocks, so that a thread loads 16 bytes at a time: what lies outside a row belongs to the scratch.
+Both read whole blocks, so that a thread loads 16 bytes at a time, and one block ahead: what lies outside a row belongs to the
+scratch.
 pick_rows: the exact choice among them. A row that the sample did not serve, with too few candidates, more than CAPACITY or
 more than CAPACITY entries asked for, is searched whole: slower, as exact, and with no buffer of any size.
 """
@@ -86,11 +87,13 @@ def bound_rows(
 
 @triton.jit
 def part_of(low, high, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """(begin, stop) of this program's part of a row, both multiples of BLOCK but for the end of the row."""
+    """(begin, stop) of this program's part of a row, both multiples of BLOCK but for the end of the row; alike for no part."""
     aligned = low // BLOCK * BLOCK
     size = tl.cdiv(tl.cdiv(high - aligned, PARTS), BLOCK) * BLOCK
     begin = aligned + tl.program_id(1) * size
-    return begin, tl.minimum(begin + size, high)
+    stop = tl.minimum(begin + size, high)
+    # No program reads behind the row's scratch, not even ahead.
+    return tl.where(begin < high, begin, aligned), tl.where(begin < high, stop, aligned)
 
 
 @triton.jit(do_not_specialize=["first_row", "topk"])
@@ -103,9 +106,12 @@ def count_parts(logits, start, end, bound, counts, first_row, logits_stride, top
     found = tl.zeros([BLOCK], tl.int32)
     if high - low > topk:
         begin, stop = part_of(low, high, PARTS, BLOCK)
+        logits += local.to(tl.int64) * logits_stride
+        coming = tl.load(logits + begin + tl.arange(0, BLOCK))
         for first in range(begin, stop, BLOCK):
             position = first + tl.arange(0, BLOCK)
-            scores = tl.load(logits + local.to(tl.int64) * logits_stride + position)
+            scores = coming
+            coming = tl.load(logits + BLOCK + position)
             found += ((scores >= limit) & (position >= low) & (position < stop)).to(tl.int32)
     tl.store(counts + local * PARTS + tl.program_id(1), tl.sum(found, 0))
 
@@ -136,9 +142,12 @@ def scan_parts(
         seat = tl.sum(tl.load(counts + local * PARTS + part, mask=part < tl.program_id(1), other=0), 0)
     if high - low > topk:
         begin, stop = part_of(low, high, PARTS, BLOCK)
+        logits += local.to(tl.int64) * logits_stride
+        coming = tl.load(logits + begin + tl.arange(0, BLOCK))
         for first in range(begin, stop, BLOCK):
             position = first + tl.arange(0, BLOCK)
-            scores = tl.load(logits + local.to(tl.int64) * logits_stride + position)
+            scores = coming
+            coming = tl.load(logits + BLOCK + position)
             reaches = (scores >= limit) & (position >= low) & (position < stop)
             order = tl.cumsum(reaches.to(tl.int32), 0)
             place = seat + order - 1
