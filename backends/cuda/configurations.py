@@ -98,7 +98,7 @@ def scan(architecture: str) -> Launch:
 
 def pick(candidates: int) -> Launch:
     """Of pick_rows."""
-    return Launch({"BLOCK": 1024}, 8 if candidates <= 8192 else 16, 1)
+    return Launch({"BLOCK": 1024}, 4 if candidates <= 8192 else 16, 1)
 
 
 def scan_parts(rows: int) -> int:
@@ -134,8 +134,6 @@ KERNELS = "DSA_CUDA_KERNELS"
 _HOPPER = MappingProxyType({"sm_90": ("bfloat16", "float16")})
 # Of Triton, as its releases rename what Gluon offers.
 GLUON = ("3.6", "3.7")
-# The fewest heads for which a tile of 64 is the faster one.
-_HOPPER_HEADS = 17
 # Registers of a thread: two warpgroups of consumers and the producer share the 64 Ki of an SM.
 _HOPPER_LAUNCH = Launch({"CONSUMER_REGISTERS": 216, "PRODUCER_REGISTERS": 72}, 4)
 _HOPPER_PACKED = Launch({"CONSUMER_REGISTERS": 208, "PRODUCER_REGISTERS": 88}, 4)
@@ -175,7 +173,7 @@ def no_hopper(architecture: str, triton: str) -> str | None:
     return None
 
 
-def hopper(architecture: str, dtype: str, heads: int, triton: str, *, packed: bool) -> Launch | None:
+def hopper(architecture: str, dtype: str, triton: str, *, packed: bool) -> Launch | None:
     """Of attend_rows_hopper, None where attend_rows is to run. Raises Unsupported where what was asked for cannot run."""
     named = asked_for()
     why = no_hopper(architecture, triton) or (
@@ -183,6 +181,6 @@ def hopper(architecture: str, dtype: str, heads: int, triton: str, *, packed: bo
     )
     if named == "hopper" and why:
         raise Unsupported(f"sparse_attend: {KERNELS} is 'hopper', but {why}; unset it or set 'portable'.", "format")
-    if named == "portable" or why or (named is None and heads < _HOPPER_HEADS):
+    if named == "portable" or why:
         return None
     return _HOPPER_PACKED if packed else _HOPPER_LAUNCH

@@ -48,7 +48,7 @@ class _Call:
         self.parts = configurations.parts(self.topk)
         self.architecture = device.architecture(q.device)
         self.hopper = configurations.hopper(
-            self.architecture, dtype_name(q), self.heads, triton.__version__, packed=request.kv_layout is not None
+            self.architecture, dtype_name(q), triton.__version__, packed=request.kv_layout is not None
         )
         self.cache = parts_of("sparse_attend", "kv", request.kv, request.kv_layout)
         self.scratch_bytes = scratch_bytes()
