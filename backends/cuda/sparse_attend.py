@@ -11,7 +11,7 @@ import triton
 
 from dsa_portable.arrays import dtype_name
 from dsa_portable.backends.cuda import configurations, device
-from dsa_portable.backends.cuda.kernels.sparse_attend import LN_2, attend_rows, merge_parts
+from dsa_portable.backends.cuda.kernels.sparse_attend import attend_rows, merge_parts
 from dsa_portable.backends.cuda.launch import launch, scratch
 from dsa_portable.backends.cuda.plan import execute
 from dsa_portable.backends.cuda.rows import NO_PART, asking_for, find, parts_of, scratch_bytes
@@ -180,8 +180,7 @@ class _Call:
             self.sink,
             self.out,
             self.lse,
-            # The Hopper kernels' maxima are powers of two, whose natural unit is ln 2.
-            LN_2.value if self.hopper else self.request.softmax_scale,
+            self.request.softmax_scale,
             self.heads,
             first,
             VALUE_DIM=self.request.value_dim,

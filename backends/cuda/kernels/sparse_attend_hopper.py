@@ -11,8 +11,8 @@ hide under products of the other. A key is read once: its first VALUE_DIM number
 tail holds a block's rotated numbers and, once its logits are there, its probabilities. With q in tail[2] and the halves of q,
 the four blocks fill the shared memory of an SM.
 
-The maximum that is subtracted is rounded up to a whole power of two. So a logit times the scale less the maximum is one fused
-multiply-add with one rounding, and every correction of what was summed before is exact.
+The maximum is subtracted before logits are scaled to base 2, as in sparse_attend.py. Rounded up to a power of two it would make
+every correction exact, but the largest probability would be no 1, and its rounding to 16 bits in each result.
 """
 
 from __future__ import annotations
@@ -282,7 +282,7 @@ def consume(indices, topk_length, attn_sink, end, out, lse, part_out, part_top, 
             if i == pairs - 1:
                 mbarrier.arrive(q_ready.index(1), count=1)
             logits = gl.where(named[None, :], logits, NEVER)
-            raised = gl.ceil(gl.max(logits, 1) * to_base_2)
+            raised = gl.max(logits, 1)
             if W == 0:
                 raised = gl.maximum(top, raised)
             else:
@@ -291,8 +291,8 @@ def consume(indices, topk_length, attn_sink, end, out, lse, part_out, part_top, 
             shared.index(W).store(raised)
             _barrier()
             mbarrier.arrive(said.index(W), count=1)
-            kept = gl.exp2(top - raised)
-            p = gl.exp2(gl.fma(logits, gl.full([BLOCK_H, BLOCK_K], to_base_2, gl.float32, LOGITS), -raised[:, None]))
+            kept = gl.exp2((top - raised) * to_base_2)
+            p = gl.exp2((logits - raised[:, None]) * to_base_2)
             total = total * kept + gl.sum(p, 1)
             narrow = p.to(DTYPE)
             top = raised
@@ -301,7 +301,7 @@ def consume(indices, topk_length, attn_sink, end, out, lse, part_out, part_top, 
                 acc = warpgroup_mma(gl.convert_layout(narrow, P), left.index(z), acc, is_async=True)
                 mbarrier.wait(said.index(1), phase)
                 top = shared.index(1).load(ROWS)
-                kept = gl.exp2(raised - top)
+                kept = gl.exp2((raised - top) * to_base_2)
                 tail.index(0).store((p * kept[:, None]).to(DTYPE))
                 fence_async_shared()
                 _barrier()
@@ -349,17 +349,17 @@ def consume(indices, topk_length, attn_sink, end, out, lse, part_out, part_top, 
             place = row.to(gl.int64) * heads
             empty_row = total == 0.0
             normaliser = gl.where(empty_row, 1.0, total)
-            if lse is not None:
-                if W == 0:
-                    value = (top + gl.log2(normaliser)) * LN_2
-                    gl.store(lse + place + head, gl.where(empty_row, NEVER, value), mask=real_head)
+            natural_top = gl.where(empty_row, 0.0, top * softmax_scale)
+            if lse is not None and W == 0:
+                value = natural_top + gl.log2(normaliser) * LN_2
+                gl.store(lse + place + head, gl.where(empty_row, NEVER, value), mask=real_head)
             factor = gl.full([BLOCK_H], 1.0, gl.float32, ROWS)
             if attn_sink is not None:
-                sink = gl.minimum(gl.load(attn_sink + head, mask=real_head, other=NEVER) * LOG2_E, -LOWEST)
+                sink = gl.minimum(gl.load(attn_sink + head, mask=real_head, other=NEVER), -LOWEST)
                 # Whichever is larger is subtracted, so that nothing overflows beside a sink or an lse of hundreds.
-                raised = gl.maximum(top, sink)
-                factor = gl.exp2(top - raised)
-                normaliser = normaliser * factor + gl.exp2(sink - raised)
+                raised = gl.maximum(natural_top, sink)
+                factor = gl.exp2((natural_top - raised) * LOG2_E)
+                normaliser = normaliser * factor + gl.exp2((sink - raised) * LOG2_E)
             factor = gl.where(empty_row, 0.0, factor / normaliser)
             target = out + place * VALUES
         factor = gl.convert_layout(factor, SUM_ROWS)
