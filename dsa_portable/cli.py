@@ -200,10 +200,11 @@ def _bench(options: argparse.Namespace) -> int:
 def _compile(options: argparse.Namespace) -> int:
     try:
         importlib.import_module("triton")
-        rows = importlib.import_module("dsa_portable.backends.cuda.compile").table(options.target.split(","), options.only)
+        module = importlib.import_module("dsa_portable.backends.cuda.compile")
+        rows = module.table(options.target.split(","), options.only)
     except ImportError as exc:
         raise BackendNotImportable.because("cuda", exc, "pip install 'dsa-portable[cuda]'") from exc
-    print("evidence COMPILE-ONLY: built, 0 tests executed")
+    print(f"evidence COMPILE-ONLY: built, 0 tests executed\n\n{module.HEADER}")
     found = []
     for row in rows:
         print(row.line(), flush=True)

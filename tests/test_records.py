@@ -28,7 +28,7 @@ def test_a_record_is_a_whole_run_on_hardware(path: Path) -> None:
     assert report.environment.suite_commit[:7] in page
     assert report.device is not None
     assert report.device.chip in page
-    row = next(line for line in page.splitlines() if line.startswith(f"| {report.list.name} |"))
+    row = next(line for line in page.splitlines() if line.startswith(f"| {path.parent.name} | {report.list.name} |"))
     assert f"| {len(report.cases)} | PASS {len(report.cases)}" in row
     assert (f"level `{report.level}`" in row) == (report.level is not None)
     assert {file.name for file in path.parent.iterdir()} == {"report.json", "summary.md", "junit.xml"}

@@ -56,6 +56,9 @@ CALLS: tuple[tuple[str, str, int, tuple[int, int], int | None], ...] = (
     ("sparse_attend", "ascend_656_nrs_int8", 128, (4096, 65536), None),
 )
 TOPK, REQUESTS = 2048, 4
+HEADER = """\
+| evidence | target | kernel | bytes of shared memory | registers | bytes spilled | matrix products, async copies |
+| --- | --- | --- | --- | --- | --- | --- |"""
 
 
 @dataclass(frozen=True)
@@ -71,15 +74,12 @@ class Row:
     problem: str = ""
 
     def line(self) -> str:
-        """As it is printed."""
-        if self.problem:
-            return f"{self.target:7} {self.kernel:58} {self.problem}"
+        """Of the table below HEADER, the evidence class in every row."""
         limit = SHARED_LIMIT[self.target]
-        fits = f"{self.shared:>7} of {limit}" if self.shared <= limit else f"{self.shared:>7} of {limit} TOO MUCH"
-        return (
-            f"{self.target:7} {self.kernel:58} {fits:17} {self.registers:>4} registers {self.spills:>6} spilled  "
-            f"{' '.join(self.instructions)}"
-        )
+        fits = f"{self.shared} of {limit}" + (" TOO MUCH" if self.shared > limit else "")
+        built = (fits, str(self.registers), str(self.spills), " ".join(self.instructions))
+        cells = ("COMPILE-ONLY", self.target, self.kernel, *((self.problem, "", "", "") if self.problem else built))
+        return f"| {' | '.join(cells)} |"
 
 
 def launches(architecture: str) -> dict[str, Launched]:
