@@ -1,6 +1,6 @@
-"""What is allowed: the top-k certificate, the population check, and the four attention checks. docs/judging.md derives each.
+"""What is allowed: the top-k certificate, the population check, and the five attention checks. docs/judging.md derives each.
 
-The constants were set on the honest population that is stored with the planted faults; a vendor may widen a profile, not these.
+The constants are the suite's, the same for every vendor, who may widen a profile and not these.
 """
 
 from __future__ import annotations
@@ -96,12 +96,12 @@ def margin(scores: Float64, bound: Float64, selected: Array) -> float | None:
 
 
 def exchanged_limit(emulated: int) -> float:
-    """Judging 3.2: keys exchanged against the float64 set over all selective rows of a case, given the emulator's number."""
+    """Judging 3.3: keys exchanged against the float64 set over all selective rows of a case, given the emulator's number."""
     return 4 * emulated + 3 * math.sqrt(emulated) + 2
 
 
 def score_error_limit(emulated: float, profile: Profile, typical: float) -> float:
-    """Judging 3.2: RMS error of returned scores, given the emulator's and the scores' own RMS."""
+    """Judging 3.3: RMS error of returned scores, given the emulator's and the scores' own RMS."""
     return 4 * max(emulated, UNIT_ROUNDOFF[profile.logit] / 2 * typical)
 
 

@@ -25,7 +25,7 @@ RULES: Mapping[str, tuple[str, str]] = MappingProxyType(
         "population": ("3.3", "no more keys exchanged than honest kernels of the profile exchange"),
         "score": ("3.4", "every returned score lies within its bound"),
         "score rms": ("3.3", "returned scores err as those of honest kernels do"),
-        "ties": ("5", "of equal scores the lowest positions, where that is declared"),
+        "ties": ("6", "of equal scores the lowest positions, where that is declared"),
         "empty row": ("2", "out is 0 and lse -inf in rows without a valid index"),
         "exact": ("5", "bit equality where nothing can round"),
         "bound": ("4.1", "out lies within a proven bound"),
@@ -33,7 +33,7 @@ RULES: Mapping[str, tuple[str, str]] = MappingProxyType(
         "bias": ("4.3", "errors do not lean to one side"),
         "lse": ("4.4", "lse lies within a proven bound"),
         "lse rms": ("4.4", "lse errs as that of honest kernels does"),
-        "agreement": ("7", "calls that must give equal bits do"),
+        "agreement": ("6", "calls that must give equal bits do"),
     }
 )
 

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/contract.md from the declarations that the code reads: `python docs/build_tables.py`."""
+"""Writes the tables of docs/contract.md and judging.md from what the code declares: `python docs/build_tables.py`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from functools import partial
 from pathlib import Path
 
 from dsa_portable import capability, signature
+from dsa_portable.conformance.verdict import RULES
 from dsa_portable.formats import LAYOUTS
 from dsa_portable.formats.caches import CacheLayout
 from dsa_portable.profile import Profile
 
-DOCUMENT = Path(__file__).with_name("contract.md")
+CONTRACT, JUDGING = (Path(__file__).with_name(name) for name in ("contract.md", "judging.md"))
 BLOCK = re.compile(r"<!-- generated: (?P<name>[\w ]+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -60,19 +61,31 @@ def profile() -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    **{s.name: partial(signature.table, s) for s in (*signature.SIGNATURES.values(), signature.MERGE)},
-    "layouts": layouts,
-    "formats": formats,
-    "features": capability.table,
-    "profile": profile,
+def rules() -> str:
+    """The rules by the words that reports use, with the section that derives each."""
+    lines = ["| rule | section | what it demands |", "| --- | --- | --- |"]
+    return "\n".join([*lines, *(f"| `{name}` | {section} | {demand} |" for name, (section, demand) in RULES.items())])
+
+
+# Document -> the blocks that it holds.
+TABLES: dict[Path, dict[str, Callable[[], str]]] = {
+    CONTRACT: {
+        **{s.name: partial(signature.table, s) for s in (*signature.SIGNATURES.values(), signature.MERGE)},
+        "layouts": layouts,
+        "formats": formats,
+        "features": capability.table,
+        "profile": profile,
+    },
+    JUDGING: {"rules": rules},
 }
 
 
-def render(text: str) -> str:
+def render(document: Path, text: str) -> str:
     """The document with every generated block as the code would have it. Raises KeyError for a block of an unknown name."""
-    return BLOCK.sub(lambda m: f"<!-- generated: {m['name']} -->\n{TABLES[m['name']]()}\n<!-- end -->", text)
+    made = TABLES[document]
+    return BLOCK.sub(lambda m: f"<!-- generated: {m['name']} -->\n{made[m['name']]()}\n<!-- end -->", text)
 
 
 if __name__ == "__main__":
-    DOCUMENT.write_text(render(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
+    for document in TABLES:
+        document.write_text(render(document, document.read_text(encoding="utf-8")), encoding="utf-8")

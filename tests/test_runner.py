@@ -104,6 +104,7 @@ class Deed:
     body: str
     status: str = "ERROR"
     reason: str = ""
+    rule: str | None = None
 
 
 # In the order of the list, each in one run with all others; an ERROR costs the process, and the next deed has a fresh one.
@@ -115,11 +116,12 @@ DEEDS = {
         "empty = np.empty(request.results['indices'][1], np.int32)\n    empty[:-3] = answer(request)[:-3]\n    return empty",
         "FAIL",
         r"\(padding row\): entry 0 is 2147483647, expected -1",
+        "tail",
     ),
     "exit": Deed("prefill-paged64", "os._exit(3)", reason="process ended with exit code 3$"),
     "memory": Deed("prefill-lattice", "raise MemoryError('40 GiB')", reason="out of memory: 40 GiB"),
     "exception": Deed("decode-scores", r"raise RuntimeError('first\nsecond \x1b[31m')", reason="^RuntimeError: first\nsecond"),
-    "one of two results": Deed("prefill-scores", "return answer(request)[0]", "FAIL", "1 arrays for indices, scores"),
+    "one of two results": Deed("prefill-scores", "return answer(request)[0]", "FAIL", "1 arrays for indices, scores", "result"),
     "prints": Deed(
         "prefill-cancel",
         r"""print('{"status": "done"}', flush=True); os.write(1, b'{"status": "done"}\n'); return answer(request)""",
@@ -138,22 +140,29 @@ DEEDS = {
         "found = answer(request); request.weights[0] = 0; request.batch.block_table[0, 0] = 1; return found",
         "FAIL",
         "wrote to its inputs: weights, block_table$",
+        "inputs",
     ),
     "refuses": Deed(
         "prefill-not-causal",
         "raise Unsupported('not today.', 'non_causal')",
         "FAIL",
         "^refused without having declared it: not today.$",
+        "capability",
     ),
     "leaves": Deed("prefill-visible-nan", "sys.exit(0)", reason="process ended with exit code 0$"),
-    "dtype": Deed("prefill-unsorted", "return answer(request).astype(np.int64)", "FAIL", "indices is int64 .*expected int32"),
+    "dtype": Deed(
+        "prefill-unsorted", "return answer(request).astype(np.int64)", "FAIL", "indices is int64 .*expected int32", "result"
+    ),
     "caller's rows unwritten": Deed(
         "decode-out",
         "before = request.out[0][-1].copy(); answer(request); request.out[0][-1] = before",
         "FAIL",
         r"\(padding row\): entry 0 is 2147483647, expected -1",
+        "tail",
     ),
-    "shape": Deed("prefill-planar", "return answer(request)[:, 1:]", "FAIL", r"indices is int32 \[24, 2047\], expected"),
+    "shape": Deed(
+        "prefill-planar", "return answer(request)[:, 1:]", "FAIL", r"indices is int32 \[24, 2047\], expected", "result"
+    ),
     "other bytes": Deed(
         "prefill-interleaved",
         "global corrupt; found = answer(request); corrupt = True; return found",
@@ -164,9 +173,12 @@ DEEDS = {
         "return answer(request).astype(ml_dtypes.float8_e5m2)",
         "FAIL",
         "^the call returned float8_e5m2 for indices$",
+        "result",
     ),
-    "no array": Deed("prefill-topk512", "return None", "FAIL", "^the call returned object for indices$"),
-    "nothing written": Deed("decode-flat", "return np.empty(request.results['out'][1], request.q.dtype)", "FAIL", "out is nan"),
+    "no array": Deed("prefill-topk512", "return None", "FAIL", "^the call returned object for indices$", "result"),
+    "nothing written": Deed(
+        "decode-flat", "return np.empty(request.results['out'][1], request.q.dtype)", "FAIL", "out is nan", "bound"
+    ),
     "honest to the end": Deed("prefill-onehot", "return answer(request)", "PASS"),
 }
 DEEDS_SOURCE = (
@@ -216,7 +228,7 @@ def misdeeds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, list[int]]:
 def test_a_misdeed_is_one_row(misdeeds: tuple[Run, list[int]], name: str) -> None:
     (done, report), _ = misdeeds
     row = rows(report)[id_of(DEEDS[name])]
-    assert row.status == DEEDS[name].status, row.reason
+    assert (row.status, row.rule) == (DEEDS[name].status, DEEDS[name].rule), row.reason
     assert re.search(DEEDS[name].reason, row.reason), row.reason
     shown = [line for line in done.stdout.splitlines() if re.match(rf"\[.*\] {row.status} +{row.id} ", line)]
     assert len(shown) == 1
