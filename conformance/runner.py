@@ -44,8 +44,8 @@ from dsa_portable.conformance.report.schema import (
     Status,
 )
 from dsa_portable.conformance.verdict import Verdict
-from dsa_portable.errors import BackendError, DeviceUnavailable, DSAError
-from dsa_portable.profile import envelope
+from dsa_portable.errors import BackendError, DeviceUnavailable, DSAError, no_exit
+from dsa_portable.profile import Profile, envelope
 
 START_SECONDS, CASE_SECONDS = 180.0, 120.0
 JOURNAL, FAILED = "journal.jsonl", "failed"
@@ -197,6 +197,7 @@ class _Session:
         self.used: dict[str, dict[str, Any]] = {}
         self.reached: dict[str, bool] = {}
         self.interpreted: dict[str, bool] = {}
+        self.profiles: dict[tuple[str, ...], Profile] = {}
         self.replaced, self.worker_peak, self.interrupted, self.stopped = 0, 0, False, ""
         self.started = datetime.now(timezone.utc)
 
@@ -233,7 +234,9 @@ class _Session:
     def _settle(self, hello: Mapping[str, Any]) -> None:
         self.hello = hello
         self.device = Device(**hello["device"])
-        self.capabilities = self.declaration.capabilities(self.device)
+        with no_exit(self.name):
+            self.capabilities = self.declaration.capabilities(self.device)
+        self._profiles()  # What is wrong with a declaration shows before the first case, not behind hours of them.
 
     # --- the journal ---
 
@@ -367,10 +370,7 @@ class _Session:
             return Verdict("ERROR", "the worker's process made other inputs than the list has")
         if reply["changed_inputs"]:
             return Verdict.failed("inputs", f"the call wrote to its inputs: {', '.join(reply['changed_inputs'])}")
-        profiles = {
-            call.operator: self.declaration.profile(self.device, call.operator, request_of(call).format, case.phase)
-            for call in calls
-        }
+        profiles = {call.operator: self._profile(call.operator, request_of(call).format, case.phase) for call in calls}
         with np.errstate(invalid="ignore"):
             return judge_case(case, calls, outputs, profiles)
 
@@ -476,13 +476,20 @@ class _Session:
             emulates=self.emulate,
         )
 
+    def _profile(self, *key: str) -> Profile:
+        """Of an operator, format and phase: asked once, so that the one that judges is the one that is reported."""
+        if key not in self.profiles:
+            with no_exit(self.name):
+                self.profiles[key] = self.declaration.profile(self.device, *key)
+        return self.profiles[key]
+
     def _profiles(self) -> list[ProfileEntry]:
         """One for each claim: a declared format with a phase that the list has cases of."""
         found: dict[tuple[str, str, str], ProfileEntry] = {}
         for case in (CASES[id] for id in self.frozen.cases):
             key = (case.operator, case.format, case.phase)
             if key not in found and case.format in self.capabilities.get(case.operator, {}).get("format", ()):
-                profile = self.declaration.profile(self.device, *key)
+                profile = self._profile(*key)
                 sources = self.declaration.profile_sources
                 found[key] = ProfileEntry(
                     operator=key[0],

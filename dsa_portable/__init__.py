@@ -18,6 +18,7 @@ if (_here.parent / "backends" / "cpu").is_dir() and not (_here / "backends").is_
 from dsa_portable.batch import Batch  # noqa: E402
 from dsa_portable.errors import (  # noqa: E402
     BackendError,
+    BackendExited,
     BackendNotImportable,
     DeviceUnavailable,
     DSAError,
@@ -38,6 +39,7 @@ def conformance(**options: Any) -> Any:
 
 __all__ = [
     "BackendError",
+    "BackendExited",
     "BackendNotImportable",
     "Batch",
     "DSAError",

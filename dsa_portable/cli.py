@@ -39,8 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         code = _say_error("interrupted before the first case", INCOMPLETE, options.traceback)
     except BrokenPipeError:
         code = USAGE
-    except Exception as exc:
-        # Python's own exit code would be 1, which says that a case failed.
+    except (Exception, SystemExit) as exc:
+        # Nothing of ours exits before here: an exit is a plug-in's. Python's own exit code would be 1, or the plug-in's 0, and
+        # those say that a case failed, or that none did.
         code = _say_error(exc, USAGE, options.traceback, _unexpected(exc))
     sys.exit(code)
 
@@ -53,7 +54,7 @@ def _say_error(error: object, code: int, traceback: bool, sentence: str = "") ->
     return code
 
 
-def _unexpected(error: Exception) -> str:
+def _unexpected(error: BaseException) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name in ("pydantic", "onnx", "onnxruntime"):
         return f"{error.name} is not installed; run: pip install 'dsa-portable[cpu]'"
     first = next(iter(str(error).splitlines()), "")

@@ -12,7 +12,7 @@ from dsa_portable import registry
 from dsa_portable.arrays import Array, as_kind, cast, describe, device_name, dtype_name, kind, namespace, place
 from dsa_portable.batch import Batch
 from dsa_portable.capability import require
-from dsa_portable.errors import InvalidArgument
+from dsa_portable.errors import InvalidArgument, no_exit
 from dsa_portable.request import Request, attend_request, index_request
 from dsa_portable.signature import MERGE, check_arrays
 
@@ -138,8 +138,10 @@ def _check_parts(outs: Sequence[Array], lses: Sequence[Array], attn_sink: Array 
 
 def _dispatch(request: Request, argument: str | None) -> Any:
     chosen = registry.select(argument, device_name(request.q))
-    require(request, chosen.capabilities(registry.device(chosen.name)), chosen.name)
-    results = registry.operator(chosen.name, request.operator)(request.as_kind(chosen.arrays))
+    found = registry.device(chosen.name)
+    with no_exit(chosen.name):
+        require(request, chosen.capabilities(found), chosen.name)
+        results = registry.operator(chosen.name, request.operator)(request.as_kind(chosen.arrays))
     if request.out is not None:
         return request.out if len(request.out) > 1 else request.out[0]
     wanted = kind(request.q)

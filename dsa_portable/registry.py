@@ -59,7 +59,7 @@ def load(name: str) -> Backend:
     package = points[0].dist.name if points[0].dist else points[0].module
     try:
         backend = points[0].load()
-    except Exception as exc:
+    except (Exception, SystemExit) as exc:
         raise errors.BackendNotImportable.because(name, exc, f"pip install --force-reinstall {package}") from exc
     if not isinstance(backend, Backend) or backend.name != name:
         raise errors.BackendNotImportable(f"{points[0].value} of {package} is no Backend named {name!r}; mend its entry point.")
@@ -79,7 +79,7 @@ def device(name: str) -> Device:
         raise
     except ImportError as exc:
         raise errors.BackendNotImportable.because(name, exc, load(name).install) from exc
-    except Exception as exc:
+    except (Exception, SystemExit) as exc:
         raise errors.DeviceUnavailable(f"backend {name!r} failed its probe ({exc!r}); check driver and device.") from exc
 
 
@@ -91,7 +91,7 @@ def operator(name: str, operation: str) -> Callable[[Any], Any]:
         raise errors.Unsupported(f"backend {name!r} does not offer {operation}; name one that does.", operation)
     try:
         return EntryPoint(operation, backend.operators[operation], GROUP).load()  # type: ignore[no-any-return]
-    except Exception as exc:
+    except (Exception, SystemExit) as exc:
         raise errors.BackendNotImportable.because(name, exc, backend.install) from exc
 
 

@@ -18,6 +18,7 @@ import pytest
 
 import dsa_portable
 from dsa_portable import (
+    BackendExited,
     BackendNotImportable,
     Batch,
     DeviceUnavailable,
@@ -435,3 +436,26 @@ def test_backends_is_a_call_whatever_was_imported_first(first: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert "'cpu'" in done.stdout
+
+
+# --- a backend that ends the process: with 0, nothing would tell of it ---
+
+LEFT = "backend 'gone' called sys.exit(0), which it must not; tell its authors."
+EXIT = "def leave(*arguments):\n    raise SystemExit(0)\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "error", "words"),
+    [
+        ("raise SystemExit(0)", BackendNotImportable, "'gone' cannot be imported (SystemExit: 0); run: pip install"),
+        (f"{EXIT}fields['probe'] = leave", DeviceUnavailable, "'gone' failed its probe (SystemExit(0)); check driver"),
+        (f"{EXIT}fields['capabilities'] = leave", BackendExited, LEFT),
+        (f"{EXIT}def answer(request):\n    leave()", BackendExited, LEFT),
+    ],
+    ids=["on import", "in the probe", "in the capabilities", "in an operator"],
+)
+def test_a_backend_does_not_end_the_callers_process(install: Install, body: str, error: type[Exception], words: str) -> None:
+    install("gone", body)
+    with pytest.raises(error, match=re.escape(words)):
+        call(backend="gone")
+    assert {found.name for found in registry.backends()} >= {"gone", "cpu"}

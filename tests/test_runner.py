@@ -149,7 +149,11 @@ DEEDS = {
         "^refused without having declared it: not today.$",
         "capability",
     ),
-    "leaves": Deed("prefill-visible-nan", "sys.exit(0)", reason="process ended with exit code 0$"),
+    "leaves": Deed(
+        "prefill-visible-nan",
+        "sys.exit(0)",
+        reason=r"BackendExited: backend 'rogue' called sys.exit\(0\), which it must not",
+    ),
     "dtype": Deed(
         "prefill-unsorted", "return answer(request).astype(np.int64)", "FAIL", "indices is int64 .*expected int32", "result"
     ),
@@ -246,6 +250,41 @@ def test_misdeeds_cost_no_other_case(misdeeds: tuple[Run, list[int]]) -> None:
     assert replaced == [deed.status == "ERROR" for deed in [*DEEDS.values()][:-1]]
     assert report.run.workers_replaced == sum(replaced)
     assert report.evidence is Evidence.HARDWARE, "a call that was refused says nothing about where the others ran"
+
+
+def test_a_profile_is_asked_once_and_before_the_first_case(tmp_path: Path) -> None:
+    source = """
+LOG = Path(__file__).with_name("asked.txt")
+
+def profile(device, *key):
+    with open(LOG, "a") as log:
+        log.write(f"{key}\\n")
+    return CPU.profile(device, *key)
+
+def index(request):
+    with open(LOG, "a") as log:
+        log.write("case\\n")
+    return lightning_index(request)
+
+attend = sparse_attend
+"""
+    plugins.module(tmp_path, "asked", "operators=OURS, profile=profile", source)
+    cases = [f"{HEAD}-decode-out", f"{HEAD}-prefill-lattice"]
+    done, _ = conformance(tmp_path, "out", "--backend", "asked", cases=cases)
+    assert done.returncode == 3, done.stderr
+    said = (tmp_path / "asked.txt").read_text().splitlines()
+    asked = [line for line in said if line != "case"]
+    assert len(asked) == len(set(asked)) == 6, "the claims of smoke"
+    assert said.index("case") == len(asked), "what is wrong with a declaration shows before a case is run"
+
+
+@pytest.mark.parametrize("asked", ["capabilities", "profile"])
+def test_a_declaration_that_exits_is_no_success(tmp_path: Path, asked: str) -> None:
+    plugins.module(tmp_path, "gone", f"{asked}=lambda *_: sys.exit(0)")
+    done = plugins.dsa_portable(tmp_path, "conformance", "--backend", "gone", "--out", str(tmp_path / "out"))
+    assert done.returncode == 4
+    assert done.stderr == "dsa-portable: backend 'gone' called sys.exit(0), which it must not; tell its authors.\n"
+    assert not (tmp_path / "out" / "report.json").exists()
 
 
 def test_a_process_that_cannot_be_replaced_ends_the_run(tmp_path: Path) -> None:
