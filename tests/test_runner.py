@@ -278,6 +278,23 @@ attend = sparse_attend
     assert said.index("case") == len(asked), "what is wrong with a declaration shows before a case is run"
 
 
+def test_inputs_that_share_memory_with_the_host_are_watched_too(tmp_path: Path) -> None:
+    source = """
+def index(request):
+    found = lightning_index(request)
+    request.weights[0] = 0
+    return found
+
+attend = sparse_attend
+"""
+    plugins.module(tmp_path, "shares", "operators=OURS, put=lambda array: array", source)
+    case = f"{HEAD}-decode-lengths"
+    done, report = conformance(tmp_path, "out", "--backend", "shares", cases=[case])
+    assert done.returncode == 1
+    assert (rows(report)[case].status, rows(report)[case].rule) == (Status.FAIL, "inputs")
+    assert rows(report)[case].reason == "the call wrote to its inputs: weights"
+
+
 @pytest.mark.parametrize("asked", ["capabilities", "profile"])
 def test_a_declaration_that_exits_is_no_success(tmp_path: Path, asked: str) -> None:
     plugins.module(tmp_path, "gone", f"{asked}=lambda *_: sys.exit(0)")
