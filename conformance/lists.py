@@ -6,9 +6,10 @@ a changed one gets a new date.
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.resources import files
@@ -36,6 +37,14 @@ class FrozenList:
     level: str
     cases: Mapping[str, str]
     sha256: str
+
+    def matching(self, patterns: Sequence[str]) -> set[str]:
+        """The ids that some shell pattern matches, all of them if there is none. Raises ListError for one that matches none."""
+        found = {pattern: fnmatch.filter(self.cases, pattern) for pattern in patterns}
+        if idle := [pattern for pattern, ids in found.items() if not ids]:
+            what = f"pattern {idle[0]!r} matches no case of" if set(idle[0]) & set("*?[") else f"case {idle[0]!r} is not on"
+            raise ListError(f"{what} the list {self.name}; see its ids with --list-cases.")
+        return set(self.cases) if not patterns else {id for ids in found.values() for id in ids}
 
 
 def _hash(name: str, cases: Mapping[str, str]) -> str:

@@ -140,7 +140,8 @@ def run(
 ) -> Report:
     """Run a frozen list on a backend and write report.json, junit.xml and summary.md into `out`; returns the report.
 
-    backend: a name; else use_backend(), DSA_BACKEND, or cpu.  cases: only these of the list (the others are NOT_RUN).
+    backend: a name; else use_backend(), DSA_BACKEND, or cpu.  cases: only these of the list, ids or patterns as in a shell
+        (`index-*-decode-*`); the others are NOT_RUN.
     resume: keep the rows that an earlier, interrupted run of the same list and backend left in `out`.
     timeout_scale: multiplies every limit.  emulate: the chip that the backend stands in for, else DSA_EMULATE; evidence is
         then EMULATED.
@@ -182,8 +183,7 @@ class _Session:
         if not (scale > 0 and np.isfinite(scale)):
             raise UsageError(f"--timeout-scale is {scale}, but a positive number is accepted; pass one.")
         self.frozen = lists.load(level)
-        if unknown := [case for case in cases if case not in self.frozen.cases]:
-            raise lists.ListError(f"case {unknown[0]!r} is not on the list {self.frozen.name}; see its ids with --list-cases.")
+        wanted = self.frozen.matching(cases)
         self.requested = registry.requested(backend)
         self.name = self.requested or "cpu"
         declaration = registry.load(self.name)
@@ -191,7 +191,7 @@ class _Session:
             known = ", ".join(declaration.emulates) or "none"
             raise UsageError(f"backend {self.name!r} emulates {known}, but --emulate {emulate} was passed; name one of them.")
         write.prepare(out)
-        self.declaration, self.out, self.wanted, self.resume = declaration, out, set(cases or self.frozen.cases), resume
+        self.declaration, self.out, self.wanted, self.resume = declaration, out, wanted, resume
         self.scale, self.emulate, self.say, self.command = scale, emulate, say, command
         self.rows: dict[str, CaseResult] = {}
         self.used: dict[str, dict[str, Any]] = {}

@@ -74,7 +74,13 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--backend", help="name; default: DSA_BACKEND, else cpu")
     run.add_argument("--level", default="core", help="the list to run: smoke, core, deterministic or full (default core)")
     run.add_argument("--out", type=Path, help="report directory (default dsa-report, with --case dsa-report-case)")
-    run.add_argument("--case", action="append", default=[], metavar="ID", help="run this case alone; may be repeated")
+    run.add_argument(
+        "--case",
+        action="append",
+        default=[],
+        metavar="ID",
+        help="run this case alone, or those that a pattern matches; may be repeated",
+    )
     run.add_argument("--list-cases", action="store_true", help="print the list's case ids and what each is for, and stop")
     run.add_argument("--resume", action="store_true", help="go on with the interrupted run in the report directory")
     run.add_argument("--timeout-scale", type=float, default=1.0, metavar="X", help="multiply every time limit")

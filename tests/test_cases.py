@@ -706,6 +706,20 @@ def test_an_unknown_level_is_refused_with_the_known_ones(level: str) -> None:
         lists.load(level)
 
 
+def test_patterns_name_the_cases_that_they_match_and_none_names_all() -> None:
+    smoke = lists.load("smoke")
+    decode = {id for id in smoke.cases if id.startswith("index-") and "-decode-" in id}
+    assert 1 < len(decode) < len(smoke.cases)
+    assert smoke.matching(["index-*-decode-*"]) == decode
+    one = "attend-bf16-decode-flat"
+    assert smoke.matching(["index-*-decode-*", one, one]) == decode | {one}
+    assert smoke.matching([]) == set(smoke.cases)
+    with pytest.raises(
+        lists.ListError, match=r"^pattern 'attend-\[xyz\]\*' matches no case of the list smoke-\S+; see its ids"
+    ):
+        smoke.matching(["index-*", "attend-[xyz]*"])
+
+
 def test_an_unknown_case_is_refused_before_anything_runs(tmp_path: Path) -> None:
     out = tmp_path / "report"
     with pytest.raises(lists.ListError, match=r"^case 'nope' is not on the list smoke-\S+; see its ids with --list-cases.$"):

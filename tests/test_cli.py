@@ -59,6 +59,12 @@ BAD: dict[str, tuple[Sequence[str], dict[str, str], int, str]] = {
         2,
         "case 'index-typo' is not on the list smoke-.*; see its ids with --list-cases.",
     ),
+    "a pattern of nothing": (
+        ("conformance", "--level", "smoke", "--case", "index-*-decode-out", "--case", "attend-f64-*"),
+        {},
+        2,
+        r"pattern 'attend-f64-\*' matches no case of the list smoke-.*; see its ids with --list-cases.",
+    ),
     "a case of another list": (
         ("conformance", "--level", "smoke", "--case", "index-e4m3-f32-f32-decode-long"),
         {},
