@@ -48,7 +48,7 @@ from dsa_portable.errors import BackendError, DeviceUnavailable, DSAError, no_ex
 from dsa_portable.profile import Profile, envelope
 
 START_SECONDS, CASE_SECONDS = 180.0, 120.0
-JOURNAL, FAILED = "journal.jsonl", "failed"
+JOURNAL = "journal.jsonl"
 # Names the chip to a backend that stands in for one; setting it is the same as --emulate.
 EMULATE = "DSA_EMULATE"
 
@@ -255,6 +255,8 @@ class _Session:
         path, identity = self.out / JOURNAL, self._identity()
         if self.resume:
             self._read_journal(path, identity)
+        else:
+            write.clear(self.out)
         self.resumed = bool(self.rows)
         aside = path.with_suffix(".tmp")
         with open(aside, "w", encoding="utf-8") as file:
@@ -383,14 +385,14 @@ class _Session:
             stored |= {f"{step}batch.{name}": array for name, array in call.batch.items()}
             stored |= {f"{step}outputs.{name}": array for name, array in (outputs[i] if i < len(outputs) else {}).items()}
         stored |= {f"judged.{name}": np.asarray(array) for name, array in verdict.arrays.items()}
-        folder = self.out / FAILED
+        folder = self.out / write.FAILED
         try:
             folder.mkdir(exist_ok=True)
             arrays_file.save(folder / f"{case.id}.npz", stored, compress=True)
         except OSError as exc:
             self.say(f"the arrays of {case.id} could not be kept: {exc}")
             return None
-        return f"{FAILED}/{case.id}.npz"
+        return f"{write.FAILED}/{case.id}.npz"
 
     def _row(self, case: Case, verdict: Verdict, reply: Mapping[str, Any], artefact: str | None) -> CaseResult:
         return CaseResult(

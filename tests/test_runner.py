@@ -295,6 +295,27 @@ attend = sparse_attend
     assert rows(report)[case].reason == "the call wrote to its inputs: weights"
 
 
+def test_the_report_of_a_former_run_does_not_outlive_the_start_of_the_next(tmp_path: Path) -> None:
+    source = """
+def index(request):
+    if Path(__file__).with_name("kill").exists():
+        os.kill(os.getppid(), signal.SIGKILL)
+    return np.zeros(*request.results["indices"][::-1])
+
+attend = sparse_attend
+"""
+    plugins.module(tmp_path, "killer", "operators=OURS", source)
+    arguments = ("conformance", "--backend", "killer", "--level", "smoke", "--case", f"{HEAD}-decode-lengths", "--out", "out")
+    assert plugins.dsa_portable(tmp_path, *arguments).returncode == 1
+    out, left = tmp_path / "out", {"report.json", "junit.xml", "summary.md", "journal.jsonl", "failed"}
+    assert {path.name for path in out.iterdir()} == left
+    assert len(list((out / "failed").iterdir())) == 1
+    (tmp_path / "kill").touch()
+    assert plugins.dsa_portable(tmp_path, *arguments).returncode == -signal.SIGKILL
+    assert {path.name for path in out.iterdir()} == {"journal.jsonl", "failed"}
+    assert not list((out / "failed").iterdir())
+
+
 @pytest.mark.parametrize("asked", ["capabilities", "profile"])
 def test_a_declaration_that_exits_is_no_success(tmp_path: Path, asked: str) -> None:
     plugins.module(tmp_path, "gone", f"{asked}=lambda *_: sys.exit(0)")

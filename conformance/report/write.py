@@ -14,6 +14,8 @@ from dsa_portable.errors import DSAError
 
 # report.json comes last: where it is new, the others are.
 FILES = {"junit.xml": junit, "summary.md": summary, "report.json": to_json}
+# The folder of failed cases' arrays, a .npz each.
+FAILED = "failed"
 
 
 class ReportDirectoryError(DSAError, ValueError):
@@ -27,6 +29,15 @@ def prepare(directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"dsa-portable")
         probe.unlink()
+    except OSError as error:
+        raise _unwritable(directory, error) from error
+
+
+def clear(directory: Path) -> None:
+    """Remove a former run's report, which nobody shall take for that of a run that died. Raises ReportDirectoryError."""
+    try:
+        for path in (*(directory / name for name in FILES), *(directory / FAILED).glob("*.npz")):
+            path.unlink(missing_ok=True)
     except OSError as error:
         raise _unwritable(directory, error) from error
 
