@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,13 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dsa_portable.conformance.cases.call import Call
 from dsa_portable.conformance.cases.catalogue import CASES
 from dsa_portable.conformance.emulator import rounded
 from dsa_portable.conformance.faults import numerics
 from dsa_portable.conformance.faults.attend import ATTEND_FAULTS
 from dsa_portable.conformance.faults.implementation import LightningIndex, SparseAttend
 from dsa_portable.conformance.faults.index import INDEX_FAULTS
-from dsa_portable.conformance.judge import judge
+from dsa_portable.conformance.judge import Reference, judge, reference_of
 from dsa_portable.conformance.verdict import RULES, Verdict
 from dsa_portable.profile import Profile
 from tests.test_runner import DEEDS
@@ -48,6 +50,27 @@ class LseFloat16(SparseAttend):
         return out, rounded(lse, "float16")
 
 
+@cache
+def judged_against(case_id: str, profile: Profile, requests: tuple[tuple[int, int], ...] | None) -> tuple[Any, Call, Reference]:
+    case: Any = CASES[case_id]
+    case = replace(case, requests=requests) if requests else case
+    call = case.build()
+    return case, call, reference_of(case, call, profile)
+
+
+# An honest kernel of one case and profile is judged once, for all the rules that are shown there.
+@cache
+def verdict(
+    kernel: type[LightningIndex] | type[SparseAttend],
+    case_id: str,
+    profile: Profile,
+    requests: tuple[tuple[int, int], ...] | None,
+) -> Verdict:
+    with np.errstate(all="ignore"):
+        case, call, reference = judged_against(case_id, profile, requests)
+        return judge(case, call, kernel(profile).run(call), profile, reference)
+
+
 @dataclass(frozen=True)
 class Planted:
     """A fault, the case and the profile that show it by its rule, and other requests of the case where those are needed."""
@@ -58,11 +81,7 @@ class Planted:
     requests: tuple[tuple[int, int], ...] | None = None
 
     def verdict(self, kernel: type[LightningIndex] | type[SparseAttend]) -> Verdict:
-        case: Any = CASES[self.case]
-        case = replace(case, requests=self.requests) if self.requests else case
-        call = case.build()
-        with np.errstate(all="ignore"):
-            return judge(case, call, kernel(self.profile).run(call), self.profile)
+        return verdict(kernel, self.case, self.profile, self.requests)
 
 
 TRUNCATED = numerics.PROFILES["reduced: 13 bits, aligned truncation"]
