@@ -12,7 +12,7 @@ from dsa_portable.callable_module import make_callable
 
 def run(**options: Any) -> Any:
     """Run a list on a backend and return the Report; options are those of `runner.run`."""
-    from dsa_portable.conformance.runner import run as run_list
+    from dsa_portable.conformance.session import run as run_list
 
     return run_list(**options)
 

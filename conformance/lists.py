@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -56,14 +57,19 @@ def load(level: str) -> FrozenList:
     path = files("dsa_portable.conformance") / "lists" / f"{level}.json"
     if level not in LISTS or not path.is_file():
         raise ListError(f"level {level!r} has no list, but {', '.join(LISTS)} have; name one with --level.")
+    return _read(level, path.name, path.read_text(encoding="utf-8"))
+
+
+@cache
+def _read(level: str, file: str, text: str) -> FrozenList:
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = json.loads(text)
         cases = {entry["id"]: entry["inputs_sha256"] for entry in stored["cases"]}
         found = FrozenList(stored["name"], level, cases, stored["sha256"])
     except (ValueError, KeyError, TypeError):
         found = None
     if found is None or found.sha256 != _hash(found.name, found.cases) or tuple(found.cases) != LISTS[level]:
-        raise ListError(f"the lock file {path.name} does not match the cases of this version; reinstall the package.")
+        raise ListError(f"the lock file {file} does not match the cases of this version; reinstall the package.")
     return found
 
 

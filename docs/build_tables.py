@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from dsa_portable import capability, signature
-from dsa_portable.conformance.verdict import RULES
+from dsa_portable.conformance.judging.rules import RULES
 from dsa_portable.formats import LAYOUTS
 from dsa_portable.formats.caches import CacheLayout
 from dsa_portable.profile import Profile

@@ -84,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--list-cases", action="store_true", help="print the list's case ids and what each is for, and stop")
     run.add_argument("--resume", action="store_true", help="go on with the interrupted run in the report directory")
     run.add_argument("--timeout-scale", type=float, default=1.0, metavar="X", help="multiply every time limit")
+    run.add_argument("--jobs", type=int, metavar="N", help="processes that judge (default: one for each core)")
     run.add_argument("--emulate", metavar="CHIP", help="let the backend stand in for a chip; the evidence is then EMULATED")
     run.set_defaults(run=_conformance)
 
@@ -128,13 +129,14 @@ def _conformance(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, _terminated)
     if registry.requested(options.backend) is None:
         print("no backend named (--backend, DSA_BACKEND): this run is of the cpu backend")
-    report = dsa_portable.conformance(
+    report = importlib.import_module("dsa_portable.conformance").run(
         backend=options.backend,
         level=options.level,
         # A rerun of one case must not replace the report that named it.
         out=options.out or Path("dsa-report-case" if options.case else "dsa-report"),
         cases=options.case,
         resume=options.resume,
+        jobs=options.jobs,
         timeout_scale=options.timeout_scale,
         emulate=options.emulate,
         say=lambda line: print(line, flush=True),

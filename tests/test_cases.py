@@ -17,14 +17,16 @@ from hypothesis import strategies as st
 
 from dsa_portable.arrays import NUMPY_DTYPES
 from dsa_portable.capability import FEATURES
-from dsa_portable.conformance import claims, lists, oracle
+from dsa_portable.conformance import lists
 from dsa_portable.conformance import run as run_list
 from dsa_portable.conformance.cases import storage, values
 from dsa_portable.conformance.cases.attend import INVALID, AttendCase
-from dsa_portable.conformance.cases.call import Call, request_of
+from dsa_portable.conformance.cases.call import Call
 from dsa_portable.conformance.cases.catalogue import CASES, HAZARDS, LISTS, Case
 from dsa_portable.conformance.cases.hazards import PORTABILITY
 from dsa_portable.conformance.cases.index import CANCEL_BITS, WEIGHT_SCALE, IndexCase
+from dsa_portable.conformance.judging import oracle
+from dsa_portable.conformance.report import claims
 from dsa_portable.formats import unpack
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -167,9 +169,9 @@ def test_place_fills_what_no_request_owns(lengths: tuple[int, ...], page_size: i
     logical = storage.share(stored, drawn)
     placed = stored.place(logical, np.array(-1)).reshape(-1, 3)
     owned = np.zeros(stored.size, bool)
-    for places, array in zip(stored.rows, logical, strict=True):
-        assert np.array_equal(placed[places], array)
-        owned[places] = True
+    for slots, array in zip(stored.rows, logical, strict=True):
+        assert np.array_equal(placed[slots], array)
+        owned[slots] = True
     assert (placed[~owned] == -1).all()
     assert (~owned).any()
     longest = lengths.index(max(lengths))
@@ -329,7 +331,7 @@ def test_hash_is_the_frozen_one(built: tuple[Single, Call]) -> None:
 
 def test_features(built: tuple[Single, Call]) -> None:
     case, call = built
-    request = request_of(call)
+    request = call.request
     assert (request.operator, request.format, request.batch.phase) == (case.operator, case.format, case.phase)
     assert claims.features_of(case, call) == features_of_table(case)
 
@@ -341,7 +343,7 @@ def test_index_cases_have_selective_rows(built: tuple[Single, Call]) -> None:
 
 
 def stored_parts(call: Call) -> list[Array]:
-    """The parts of the keys' memory as numbers, `[places, ...]` each: keys alone, keys and scale, or a cache unpacked."""
+    """The parts of the keys' memory as numbers, `[slots, ...]` each: keys alone, keys and scale, or a cache unpacked."""
     main, layout = ("k", "k_layout") if call.operator == "lightning_index" else ("kv", "kv_layout")
     parts = unpack(call.options[layout], call.arrays[main]) if call.options[layout] else (call.arrays[main],)
     extra = (call.arrays["k_scale"],) if "k_scale" in call.arrays else ()
@@ -351,27 +353,27 @@ def stored_parts(call: Call) -> list[Array]:
 
 
 def read_places(case: Single, call: Call) -> tuple[set[int], set[int]]:
-    """(places that some row may read, places of the shared prefix, which hold numbers whether read or not)."""
-    places: list[list[int]] = []
+    """(slots that some row may read, slots of the shared prefix, which hold numbers whether read or not)."""
+    slots: list[list[int]] = []
     size = case.page_size or 1
     for r, length in enumerate(call.batch["seqlens_k"].tolist()):
         if case.page_size:
             pages = call.batch["block_table"][r].tolist()
-            places.append([pages[p // size] * size + p % size for p in range(length)])
+            slots.append([pages[p // size] * size + p % size for p in range(length)])
         else:
-            places.append([int(call.batch["cu_seqlens_k"][r]) + p for p in range(length)])
-    prefix = {place for row in places for place in row[: case.shared_pages * size]} if case.page_size else set()
+            slots.append([int(call.batch["cu_seqlens_k"][r]) + p for p in range(length)])
+    prefix = {place for row in slots for place in row[: case.shared_pages * size]} if case.page_size else set()
     if isinstance(case, IndexCase) and case.ranges:
-        return {places[request][p] for _, request, start, end in oracle.rows(call) for p in range(start, end)}, prefix
+        return {slots[request][p] for _, request, start, end in oracle.rows(call) for p in range(start, end)}, prefix
     if isinstance(case, IndexCase):
-        return {place for row in places for place in row}, prefix
+        return {place for row in slots for place in row}, prefix
     read = set()
     lengths = call.arrays.get("topk_length", np.full(len(call.arrays["q"]), case.topk))
     ends = call.batch["cu_seqlens_q"].tolist()
     for r, (begin, end) in enumerate(pairwise(ends)):
         for row in range(begin, end):
             counted = call.arrays["indices"][row, : lengths[row]].tolist()
-            read |= {places[r][index] for index in counted if 0 <= index < len(places[r])}
+            read |= {slots[r][index] for index in counted if 0 <= index < len(slots[r])}
     return read, prefix
 
 
@@ -524,7 +526,7 @@ def past_length(call: Call) -> bool:
     for row, request, _, _ in oracle.rows(call):
         tail = call.arrays["indices"][row, call.arrays["topk_length"][row] :].astype(np.int64)
         real = tail[(tail >= 0) & (tail < int(call.batch["seqlens_k"][request]))]
-        kv = call.arrays["kv"].astype(np.float32)[oracle.places(call, request, real)]
+        kv = call.arrays["kv"].astype(np.float32)[oracle.slots(call, request, real)]
         if np.isnan(kv).any():
             return True
     return False
@@ -606,7 +608,7 @@ def ranges_are_awkward(call: Call) -> bool:
     causal = {row: last for row, _, _, last in oracle.rows(replace(call, batch=batch))}
     beyond = [end[row] > call.batch["seqlens_k"][request] for row, request, _, _ in oracle.rows(call)]
     crossed = [last > causal[row] for row, _, _, last in oracle.rows(call)]
-    if request_of(call).batch.phase == "decode":
+    if call.request.batch.phase == "decode":
         return any(beyond) and bool((start == end).any())
     return any(beyond) and any(crossed) and bool((start < 0).any() and (start == end).any() and (start > end).any())
 

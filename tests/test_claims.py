@@ -10,9 +10,10 @@ import pytest
 
 from dsa_portable.backends.cpu import BACKEND as CPU
 from dsa_portable.capability import ANY, FEATURES, YES, Capabilities
-from dsa_portable.conformance import claims, lists
+from dsa_portable.conformance import lists
 from dsa_portable.conformance.cases.call import drive
 from dsa_portable.conformance.cases.catalogue import CASES, LISTS
+from dsa_portable.conformance.report import claims
 from dsa_portable.conformance.report.schema import NOT_GRANTED_WITH, CaseResult, Claim, Evidence, ProfileEntry, Status
 from dsa_portable.profile import Profile
 
@@ -80,6 +81,7 @@ def row(key: Key, name: str, used: Used, capabilities: Capabilities, **changes: 
         "phase": key[2],
         "claim_required": claims.required(OfOneOperator(key[0]), used, capabilities),  # type: ignore[arg-type]
         "hazards": [],
+        "features": used,
         "why": "A hazard.",
         "status": status,
         "rule": "certificate" if status is Status.FAIL else None,
@@ -108,13 +110,12 @@ def claim(
     **changes: dict[str, Any],
 ) -> Claim:
     """The one claim of a run; `changes` are fields of rows by case, spaces and commas as underscores."""
-    rows, used = [], {}
+    rows = []
     for id, features in LIST[key].items():
         if id not in without_cases:
             rows.append(row(key, id, features, capabilities, **changes.get(id.replace(",", "").replace(" ", "_"), {})))
-            used[rows[-1].id] = features
     entry = ProfileEntry(operator=key[0], format=key[1], phase=key[2], envelope=envelope, profile=asdict(profile))
-    (found,) = claims.claims(rows, used, capabilities, [entry], evidence, frozen)
+    (found,) = claims.claims(rows, capabilities, [entry], evidence, frozen)
     return found
 
 
@@ -256,10 +257,9 @@ def test_the_deterministic_level_is_for_profiles_that_promise_it(profile: Profil
 
 def test_a_claim_stands_or_falls_by_its_own_cases() -> None:
     rows = [row(key, id, used, EVERYTHING) for key in LIST for id, used in LIST[key].items()]
-    used = {f"{key[0]} {id}": features for key in LIST for id, features in LIST[key].items()}
     rows[0] = row(INDEX, "flat", INDEX_LIST["flat"], EVERYTHING, status=Status.FAIL)
     profiles = [ProfileEntry(operator=k[0], format=k[1], phase=k[2], envelope="exact", profile={}) for k in (INDEX, ATTEND)]
-    index, attend = claims.claims(rows, used, EVERYTHING, profiles, Evidence.HARDWARE, CORE)
+    index, attend = claims.claims(rows, EVERYTHING, profiles, Evidence.HARDWARE, CORE)
     assert (index.key, index.level) == (INDEX, None)
     assert (attend.key, attend.level) == (ATTEND, "core-2026.11 exact")
     assert sum(index.counts.values()) == len(INDEX_LIST)
@@ -347,7 +347,7 @@ def test_the_core_list_can_grant(core: dict[str, Used], operators: tuple[str, ..
         rows.append(row(key, id, used, capabilities, **changes))
     keys = dict.fromkeys((r.operator, r.format, r.phase) for r in rows if r.operator in operators)
     profiles = [ProfileEntry(operator=k[0], format=k[1], phase=k[2], envelope="exact", profile={}) for k in keys]
-    for found in claims.claims(rows, core, capabilities, profiles, Evidence.HARDWARE, CORE):
+    for found in claims.claims(rows, capabilities, profiles, Evidence.HARDWARE, CORE):
         assert (found.key, found.reason) == (found.key, "")
 
 

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsa_portable.conformance import criteria, emulator, oracle
 from dsa_portable.conformance.cases.attend import AttendCase
 from dsa_portable.conformance.cases.index import IndexCase
+from dsa_portable.conformance.judging import bounds, emulator, oracle
 from dsa_portable.profile import Accumulator, Profile
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -124,7 +124,7 @@ def share_of_bound(a: list[float], b: list[float], accumulator: Accumulator, bit
     exact = sum((Fraction(x) * Fraction(y) for x, y in zip(a, b, strict=True)), Fraction(0))
     magnitude = sum(abs(Fraction(x) * Fraction(y)) for x, y in zip(a, b, strict=True))
     error = abs(fast_dot(a, b, replace(accumulator, bits=bits or accumulator.bits)) - exact)
-    bound = criteria.dot_gamma(accumulator, len(a)) * float(magnitude)
+    bound = bounds.dot_gamma(accumulator, len(a)) * float(magnitude)
     return float(error) / bound if bound else float(error > 0)
 
 

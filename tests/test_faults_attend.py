@@ -17,8 +17,8 @@ from dsa_portable.conformance.cases.catalogue import CASES, LISTS
 from dsa_portable.conformance.faults.attend import ATTEND_FAULTS, UNOBSERVABLE
 from dsa_portable.conformance.faults.call_edits import with_arrays
 from dsa_portable.conformance.faults.implementation import Array, SparseAttend
-from dsa_portable.conformance.judge import judge
-from dsa_portable.conformance.verdict import RULES, Verdict
+from dsa_portable.conformance.judging.judge import judge_call
+from dsa_portable.conformance.judging.rules import RULES, Verdict
 from dsa_portable.formats import pack, unpack
 from dsa_portable.profile import Profile
 
@@ -49,7 +49,7 @@ def build(case_id: str) -> Built:
 def verdict(kernel: type[SparseAttend], built: Built, profile: Profile) -> Verdict:
     case, call = built
     with np.errstate(all="ignore"):
-        return judge(case, call, kernel(profile).run(call), profile)
+        return judge_call(case, call, kernel(profile).run(call), profile)
 
 
 # --- inputs that kill what the named cases do not, or do by accident alone ---

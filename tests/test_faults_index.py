@@ -16,8 +16,8 @@ from dsa_portable.conformance.cases.relation import RelationCase
 from dsa_portable.conformance.faults.implementation import Array, LightningIndex
 from dsa_portable.conformance.faults.index import INDEX_FAULTS, UNOBSERVABLE
 from dsa_portable.conformance.faults.index_selection import NaNLargest, TieRuleFlips, TiesToHighest
-from dsa_portable.conformance.judge import judge, judge_case
-from dsa_portable.conformance.verdict import Verdict
+from dsa_portable.conformance.judging.judge import judge_call, judge_calls
+from dsa_portable.conformance.judging.rules import Verdict
 from dsa_portable.profile import Profile
 
 EXACT = Profile(ties="lowest")
@@ -42,7 +42,7 @@ def build(case: IndexCase) -> Call:
 
 def verdict(kernel: type[LightningIndex], case: IndexCase, profile: Profile = EXACT) -> Verdict:
     with np.errstate(all="ignore"):
-        return judge(case, build(case), kernel(profile).run(build(case)), profile)
+        return judge_call(case, build(case), kernel(profile).run(build(case)), profile)
 
 
 def related(kernel: type[LightningIndex], case: RelationCase) -> Verdict:
@@ -52,7 +52,7 @@ def related(kernel: type[LightningIndex], case: RelationCase) -> Verdict:
         outputs.append(running.run(call))
         return outputs[-1]
 
-    return judge_case(case, drive(case.steps(), run), outputs, {case.operator: EXACT})
+    return judge_calls(case, drive(case.steps(), run), outputs, lambda call: EXACT)
 
 
 @pytest.mark.parametrize("fault", CORE, ids=lambda fault: fault.__name__)

@@ -11,8 +11,8 @@ from dsa_portable.conformance.cases.call import Call
 from dsa_portable.conformance.cases.catalogue import CASES, LISTS
 from dsa_portable.conformance.faults import numerics
 from dsa_portable.conformance.faults.implementation import LightningIndex, SparseAttend
-from dsa_portable.conformance.judge import judge
-from dsa_portable.conformance.verdict import Verdict
+from dsa_portable.conformance.judging.judge import judge_call
+from dsa_portable.conformance.judging.rules import Verdict
 from dsa_portable.profile import ENVELOPES, envelope
 
 # Core cases that together catch every index fault under every profile; small ones, as the truncating accumulator is slow.
@@ -29,7 +29,7 @@ def build(case_id: str) -> Call:
 def verdict(kernel: type[LightningIndex] | type[SparseAttend], profile_name: str, case_id: str) -> Verdict:
     profile, call = numerics.PROFILES[profile_name], build(case_id)
     with np.errstate(all="ignore"):
-        return judge(CASES[case_id], call, kernel(profile).run(call), profile)
+        return judge_call(CASES[case_id], call, kernel(profile).run(call), profile)
 
 
 def test_the_profiles_cover_every_envelope() -> None:

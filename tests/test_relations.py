@@ -12,8 +12,8 @@ from dsa_portable.conformance.cases.call import Call, Outputs, drive
 from dsa_portable.conformance.cases.catalogue import CASES
 from dsa_portable.conformance.cases.relation import RELATIONS, PipelineCase, RelationCase
 from dsa_portable.conformance.faults.implementation import LightningIndex, SparseAttend
-from dsa_portable.conformance.judge import judge_case
-from dsa_portable.conformance.verdict import Verdict
+from dsa_portable.conformance.judging.judge import judge_calls
+from dsa_portable.conformance.judging.rules import Verdict
 from dsa_portable.profile import Profile
 
 PROFILE = Profile(ties="lowest", deterministic=True)
@@ -54,7 +54,7 @@ def small(case_id: str) -> RelationCase:
 def verdict(case: RelationCase | PipelineCase, index: LightningIndex, attend: SparseAttend) -> Verdict:
     calls, outputs = run(case, index, attend)
     with np.errstate(all="ignore"):
-        return judge_case(case, calls, outputs, PROFILES)
+        return judge_calls(case, calls, outputs, lambda call: PROFILES[call.operator])
 
 
 def test_every_relation_is_examined_here() -> None:
@@ -122,7 +122,7 @@ def test_a_selection_that_flips_among_ties_is_seen(case_id: str, words: str) -> 
     loose = {**PROFILES, "lightning_index": replace(PROFILE, ties="any")}
     calls, outputs = run(tied, Flipping(PROFILE), SparseAttend(PROFILE))
     with np.errstate(all="ignore"):
-        found = judge_case(tied, calls, outputs, loose)
+        found = judge_calls(tied, calls, outputs, lambda call: loose[call.operator])
     assert found.status == "FAIL"
     assert words in found.reason
 
@@ -135,14 +135,14 @@ def test_a_declared_tie_rule_is_judged() -> None:
     case = replace(CASES[f"{INDEX}-prefill-ties"], requests=((3, 400),), heads=8, topk=128)
     for profile, status in ((PROFILE, "FAIL"), (replace(PROFILE, ties="any"), "PASS")):
         calls: Sequence[Call] = [case.build()]  # type: ignore[union-attr]
-        found = judge_case(case, calls, [Highest(profile).run(calls[0])], {"lightning_index": profile})
+        found = judge_calls(case, calls, [Highest(profile).run(calls[0])], lambda call, profile=profile: profile)
         assert found.status == status, found.reason
     assert verdict_of_honest(case).status == "PASS"
 
 
 def verdict_of_honest(case: object) -> Verdict:
     call = case.build()  # type: ignore[attr-defined]
-    return judge_case(case, [call], [LightningIndex(PROFILE).run(call)], PROFILES)  # type: ignore[arg-type]
+    return judge_calls(case, [call], [LightningIndex(PROFILE).run(call)], lambda call: PROFILES[call.operator])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("end", ["prefill", "decode"])

@@ -15,15 +15,15 @@ import pytest
 
 from dsa_portable.conformance.cases.call import Call
 from dsa_portable.conformance.cases.catalogue import CASES
-from dsa_portable.conformance.emulator import rounded
 from dsa_portable.conformance.faults import numerics
 from dsa_portable.conformance.faults.attend import ATTEND_FAULTS
 from dsa_portable.conformance.faults.implementation import LightningIndex, SparseAttend
 from dsa_portable.conformance.faults.index import INDEX_FAULTS
-from dsa_portable.conformance.judge import Reference, judge, reference_of
-from dsa_portable.conformance.verdict import RULES, Verdict
+from dsa_portable.conformance.judging.emulator import rounded
+from dsa_portable.conformance.judging.judge import Reference, judge_call, reference_of
+from dsa_portable.conformance.judging.rules import RULES, Verdict
 from dsa_portable.profile import Profile
-from tests.test_runner import DEEDS
+from tests.test_session import DEEDS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 TEXT = (DOCS / "judging.md").read_text(encoding="utf-8")
@@ -68,7 +68,7 @@ def verdict(
 ) -> Verdict:
     with np.errstate(all="ignore"):
         case, call, reference = judged_against(case_id, profile, requests)
-        return judge(case, call, kernel(profile).run(call), profile, reference)
+        return judge_call(case, call, kernel(profile).run(call), profile, reference)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def test_a_rule_is_derived_in_the_section_that_it_cites(rule: str) -> None:
 
 
 def test_every_rule_is_broken_first_by_some_planted_fault() -> None:
-    """Each of these is shown: by test_faults_index and test_faults_attend, test_runner, and below."""
+    """Each of these is shown: by test_faults_index and test_faults_attend, test_session, and below."""
     faults = {fault.rule for fault in (*INDEX_FAULTS, *ATTEND_FAULTS) if fault.killed_by}
     deeds = {deed.rule for deed in DEEDS.values() if deed.rule}
     assert faults | deeds | set(REST) == set(RULES)

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from dsa_portable.capability import FEATURES
-from dsa_portable.conformance import environment
 from dsa_portable.conformance.bench import ceilings, curve, machine, markdown, peers, reference
 from dsa_portable.conformance.bench.ceilings import Ceiling
 from dsa_portable.conformance.bench.machine import Machine
 from dsa_portable.conformance.bench.peers import Peer
 from dsa_portable.conformance.bench.timing import Call, Timing, data_sets, in_turn
 from dsa_portable.conformance.bench.workloads import TABLE, Workload, operands
+from dsa_portable.conformance.report import environment
 from dsa_portable.conformance.report.schema import Evidence
 from dsa_portable.conformance.report.write import prepare, write_texts
 from dsa_portable.errors import InvalidArgument, Unsupported

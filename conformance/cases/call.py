@@ -6,6 +6,8 @@ import hashlib
 import json
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -19,6 +21,14 @@ Array: TypeAlias = np.ndarray[Any, Any]
 # One call's results by name, and a case's calls one after another: what `send` passes in is the last call's results, or None.
 Outputs: TypeAlias = Mapping[str, Array]
 Steps: TypeAlias = Generator["Call", Outputs | None, None]
+
+# What a call may leave out, as the operators have it.
+OPTIONAL: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "lightning_index": {"k_scale": None, "k_layout": None, "return_scores": False, "sorted": True},
+        "sparse_attend": {"attn_sink": None, "topk_length": None, "kv_layout": None, "return_lse": False},
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,34 @@ class Call:
     def on(self, put: Callable[[Array], Any]) -> Call:
         """The same call with every array copied to a device (the batch's lengths stay on the host)."""
         return replace(self, arrays={name: put(array) for name, array in self.arrays.items()})
+
+    def slots(self, request: int, positions: Array) -> Array:
+        """Rows of the keys' memory, pages flattened, that hold these positions of a request."""
+        if "block_table" not in self.batch:
+            return int(self.batch["cu_seqlens_k"][request]) + positions
+        size, table = self.batch_options["page_size"], self.batch["block_table"][request].astype(np.int64)
+        return np.asarray(table[positions // size] * size + positions % size)
+
+    @cached_property
+    def request(self) -> Request:
+        """The checked request that the operator would make of this call, for its features and results; no backend is asked."""
+        arguments: dict[str, Any] = {**OPTIONAL[self.operator], **self.arrays, **self.options}
+        wants_out = arguments.pop("out", False)
+        build = index_request if self.operator == "lightning_index" else attend_request
+        request: Request = build(**arguments, batch=self.make_batch(), index_space="request", out=None)
+        if not wants_out:
+            return request
+        return replace(request, out=tuple(np.empty(shape, NUMPY_DTYPES[dtype]) for dtype, shape in request.results.values()))
+
+    @property
+    def format(self) -> str:
+        """As the operator's claim names it."""
+        return self.request.format
+
+    @property
+    def phase(self) -> str:
+        """`decode` or `prefill`, as Batch.phase has it, of this call alone."""
+        return self.request.batch.phase
 
     def __post_init__(self) -> None:
         assert set(self.batch) <= set(BATCH_ARRAYS)
@@ -89,20 +127,3 @@ def drive(steps: Steps, run: Callable[[Call], Outputs | None]) -> list[Call]:
 def sha256_of(digests: Sequence[str]) -> str:
     """One digest for the calls of a case; a single call's is its own."""
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-def request_of(call: Call) -> Request:
-    """The checked request that the operator would make of this call, for its features and results; no backend is asked."""
-    arguments: dict[str, Any] = {**call.arrays, **call.options, "batch": call.make_batch(), "index_space": "request"}
-    wants_out = arguments.pop("out", False)
-    optional: dict[str, Any] = (
-        {"k_scale": None, "k_layout": None, "return_scores": False, "sorted": True}
-        if call.operator == "lightning_index"
-        else {"attn_sink": None, "topk_length": None, "kv_layout": None, "return_lse": False}
-    )
-    build = index_request if call.operator == "lightning_index" else attend_request
-    request: Request = build(**{**optional, **arguments}, out=None)
-    if wants_out:
-        buffers = tuple(np.empty(shape, NUMPY_DTYPES[dtype]) for dtype, shape in request.results.values())
-        request = build(**{**optional, **arguments}, out=buffers)
-    return request

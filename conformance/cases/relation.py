@@ -147,20 +147,12 @@ def restored(call: Call, page_size: int | None) -> Call:
             size = call.batch_options["page_size"]
             lead = 2 if size else 1
             memory = arrays[name].reshape(-1, *arrays[name].shape[lead:])
-            logical = [memory[_places(call, r, np.arange(length))] for r, length in enumerate(lengths)]
+            logical = [memory[call.slots(r, np.arange(length))] for r, length in enumerate(lengths)]
             arrays[name] = storage.place(logical, np.zeros((), memory.dtype))
     kept = {name: array for name, array in call.batch.items() if name not in ("block_table", "cu_seqlens_k", "seqlens_k")}
     return replace(
         call, arrays=arrays, batch={**kept, **storage.batch}, batch_options={**call.batch_options, "page_size": page_size}
     )
-
-
-def _places(call: Call, request: int, positions: Array) -> Array:
-    if "block_table" not in call.batch:
-        return int(call.batch["cu_seqlens_k"][request]) + positions
-    size = int(call.batch_options["page_size"])
-    table = call.batch["block_table"][request].astype(np.int64)
-    return np.asarray(table[positions // size] * size + positions % size)
 
 
 # --- invariance: the `deterministic` list ---

@@ -18,7 +18,7 @@ GARBAGE_PAGES = (2**31 - 1, -1, -(2**31), 123456789)
 class Storage:
     """Where each request's keys are: `rows[r][p]` is the flat place (or page * page_size + offset) of its position p."""
 
-    size: int  # places in all, read or not
+    size: int  # slots in all, read or not
     rows: tuple[Array, ...]
     batch: dict[str, Array]
     page_size: int | None
@@ -27,13 +27,13 @@ class Storage:
         """[size, ...]: `filler` everywhere (broadcast), then each request's [Lk, ...] where it belongs."""
         stored = np.empty((self.size, *logical[0].shape[1:]), logical[0].dtype)
         stored[:] = filler
-        for places, array in zip(self.rows, logical, strict=True):
-            stored[places] = array
+        for slots, array in zip(self.rows, logical, strict=True):
+            stored[slots] = array
         return stored if self.page_size is None else stored.reshape(-1, self.page_size, *stored.shape[1:])
 
 
 def flat(lengths: tuple[int, ...], gap: int) -> Storage:
-    """Requests one behind another, `gap` unread places after each: cu_seqlens_k leaves room that seqlens_k does not use."""
+    """Requests one behind another, `gap` unread slots after each: cu_seqlens_k leaves room that seqlens_k does not use."""
     starts = np.concatenate([[0], np.cumsum([length + gap for length in lengths])])
     rows = tuple(np.arange(start, start + length) for start, length in zip(starts, lengths, strict=False))
     batch = {"seqlens_k": np.array(lengths, np.int32), "cu_seqlens_k": starts.astype(np.int32)}
@@ -71,4 +71,4 @@ def share(storage: Storage, logical: list[Array]) -> list[Array]:
     stored = np.zeros((storage.size, *logical[0].shape[1:]), logical[0].dtype)
     for r in sorted(range(len(logical)), key=lambda r: r == longest):
         stored[storage.rows[r]] = logical[r]
-    return [stored[places] for places in storage.rows]
+    return [stored[slots] for slots in storage.rows]

@@ -188,7 +188,7 @@ class MaskedMultiplied(SparseAttend):
         """With 0 times the others."""
         out, lse = super().row(call, request, row)
         entries = call.arrays["indices"][row].astype(np.int64)[len(self.entries(call, row)) :]
-        masked = self.places(call, request, self.valid(entries, self.length(call, request)))
+        masked = self.slots(call, request, self.valid(entries, self.length(call, request)))
         values = self.values(self.stored_rows(call, masked), out.shape[1])
         return (out + 0 * values.sum(axis=0)).astype(out.dtype), lse
 

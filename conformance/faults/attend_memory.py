@@ -8,7 +8,6 @@ import ml_dtypes
 import numpy as np
 
 from dsa_portable.conformance.cases.call import Call
-from dsa_portable.conformance.emulator import rounded
 from dsa_portable.conformance.faults.call_edits import (
     OTHER_ORDER,
     PAGE,
@@ -16,6 +15,7 @@ from dsa_portable.conformance.faults.call_edits import (
     memory_rows,
 )
 from dsa_portable.conformance.faults.implementation import Array, SparseAttend
+from dsa_portable.conformance.judging.emulator import rounded
 from dsa_portable.formats import Unpacked, unpack
 
 # --- what a key holds ---
@@ -160,10 +160,10 @@ class PageSizeAssumed(Unchecked):
     code, title = "A62", "page size assumed to be 64"
     killed_by, rule = "attend-bf16-decode-paged128", "bound"
 
-    def places(self, call: Call, request: int, positions: Array) -> Array:
+    def slots(self, call: Call, request: int, positions: Array) -> Array:
         """As if they did."""
         size = call.batch_options["page_size"] and PAGE
-        return super().places(replace(call, batch_options={**call.batch_options, "page_size": size}), request, positions)
+        return super().slots(replace(call, batch_options={**call.batch_options, "page_size": size}), request, positions)
 
 
 class PageSizeShifted(Unchecked):
@@ -171,11 +171,11 @@ class PageSizeShifted(Unchecked):
 
     code, title = "A74", "page size rounded down to a power of two"
 
-    def places(self, call: Call, request: int, positions: Array) -> Array:
+    def slots(self, call: Call, request: int, positions: Array) -> Array:
         """By the bits of a position."""
         size = int(call.batch_options["page_size"] or 1)
         shift = size.bit_length() - 1
-        return super().places(call, request, (positions >> shift) * size + (positions & ((1 << shift) - 1)))
+        return super().slots(call, request, (positions >> shift) * size + (positions & ((1 << shift) - 1)))
 
 
 class TableStrideAssumed(Unchecked):
@@ -197,10 +197,10 @@ class FirstSlotOfPage(SparseAttend):
     code, title, stands_for = "A63", "first key of the page read for all of its keys", "aiter#5591"
     killed_by, rule = "attend-bf16-decode-paged64", "bound"
 
-    def places(self, call: Call, request: int, positions: Array) -> Array:
+    def slots(self, call: Call, request: int, positions: Array) -> Array:
         """Rounded down to the page."""
         size = int(call.batch_options["page_size"] or 1)
-        return super().places(call, request, positions // size * size)
+        return super().slots(call, request, positions // size * size)
 
 
 class IndexAsSlot(SparseAttend):
@@ -209,9 +209,9 @@ class IndexAsSlot(SparseAttend):
     code, title, stands_for = "A64", "index taken as a physical slot", "FlashMLA decode, SGLang"
     killed_by, rule = "attend-bf16-decode-paged64", "bound"
 
-    def places(self, call: Call, request: int, positions: Array) -> Array:
+    def slots(self, call: Call, request: int, positions: Array) -> Array:
         """The index itself."""
-        return positions if "block_table" in call.batch else super().places(call, request, positions)
+        return positions if "block_table" in call.batch else super().slots(call, request, positions)
 
 
 class IndexAsFlatRow(SparseAttend):
@@ -220,9 +220,9 @@ class IndexAsFlatRow(SparseAttend):
     code, title, stands_for = "A65", "index taken as a row of the flat keys", "FlashMLA prefill"
     killed_by, rule = "attend-bf16-decode-flat", "bound"
 
-    def places(self, call: Call, request: int, positions: Array) -> Array:
+    def slots(self, call: Call, request: int, positions: Array) -> Array:
         """The index itself."""
-        return super().places(call, request, positions) if "block_table" in call.batch else positions
+        return super().slots(call, request, positions) if "block_table" in call.batch else positions
 
 
 class OffsetWraps(Unchecked):
@@ -231,10 +231,10 @@ class OffsetWraps(Unchecked):
     code, title, stands_for = "A31", "32-bit element offset wraps", "aiter#5614, vllm#50576"
     killed_by, rule = "attend-v32_fp8_656_nsr-decode-big-offset", "bound"
 
-    def places(self, call: Call, request: int, positions: Array) -> Array:
+    def slots(self, call: Call, request: int, positions: Array) -> Array:
         """From 2^31 on before the memory's begin."""
         width = call.arrays["kv"].shape[-1]
-        offset = (super().places(call, request, positions) * width).astype(np.int32).astype(np.int64)
+        offset = (super().slots(call, request, positions) * width).astype(np.int32).astype(np.int64)
         return np.asarray(offset // width % memory_rows(call))
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from dsa_portable.conformance.cases.call import Call
-from dsa_portable.conformance.emulator import rounded
 from dsa_portable.conformance.faults.call_edits import (
     HEADS,
     SPLITS,
     with_arrays,
 )
 from dsa_portable.conformance.faults.implementation import Array, SparseAttend
+from dsa_portable.conformance.judging.emulator import rounded
 
 # --- sink ---
 

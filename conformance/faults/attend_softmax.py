@@ -9,7 +9,6 @@ import numpy as np
 
 from dsa_portable.conformance.cases.attend import V32_SCALE
 from dsa_portable.conformance.cases.call import Call
-from dsa_portable.conformance.emulator import rounded
 from dsa_portable.conformance.faults.call_edits import (
     LATENT,
     SPLITS,
@@ -17,6 +16,7 @@ from dsa_portable.conformance.faults.call_edits import (
     with_arrays,
 )
 from dsa_portable.conformance.faults.implementation import Array, SparseAttend
+from dsa_portable.conformance.judging.emulator import rounded
 
 # --- logits ---
 

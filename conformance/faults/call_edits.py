@@ -27,9 +27,9 @@ class Unchecked(SparseAttend):
         """Within the table."""
         return super().page(call, request, np.minimum(page, call.batch["block_table"].shape[1] - 1))
 
-    def places(self, call: Call, request: int, positions: Array) -> Array:
+    def slots(self, call: Call, request: int, positions: Array) -> Array:
         """Within the memory."""
-        return np.asarray(super().places(call, request, positions) % memory_rows(call))
+        return np.asarray(super().slots(call, request, positions) % memory_rows(call))
 
 
 def memory_rows(call: Call) -> int:

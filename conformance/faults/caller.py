@@ -14,11 +14,11 @@ from typing import Any, TypeAlias
 import ml_dtypes
 import numpy as np
 
-from dsa_portable.conformance import criteria, oracle
 from dsa_portable.conformance.cases import values
 from dsa_portable.conformance.cases.attend import V32_SCALE
 from dsa_portable.conformance.cases.call import Call
 from dsa_portable.conformance.faults.implementation import LightningIndex, SparseAttend
+from dsa_portable.conformance.judging import bounds, oracle
 from dsa_portable.formats import quantise_e4m3fn
 from dsa_portable.profile import Profile
 from dsa_portable.reference import ROTATIONS, IndexOperands, Rotation, fold_weights, hadamard, rope
@@ -325,4 +325,4 @@ def examine(caller: type[Caller], seed: str = "") -> Finding:
     """
     model, m, error = _yardstick(seed)
     exchanged, found = _distance(caller, model)
-    return Finding(exchanged, criteria.exchanged_limit(m), found, 4 * error)
+    return Finding(exchanged, bounds.exchanged_limit(m), found, 4 * error)

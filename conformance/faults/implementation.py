@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from dsa_portable.conformance.cases.call import Call
-from dsa_portable.conformance.emulator import dot, rounded, stored
+from dsa_portable.conformance.judging.emulator import dot, rounded, stored
 from dsa_portable.formats import Unpacked, layout, unpack
 from dsa_portable.profile import Profile
 
@@ -40,7 +40,7 @@ class Kernel:
         """Physical page of each logical page of a request."""
         return np.asarray(call.batch["block_table"][request][page].astype(np.int64))
 
-    def places(self, call: Call, request: int, positions: Array) -> Array:
+    def slots(self, call: Call, request: int, positions: Array) -> Array:
         """Rows of the keys' memory, pages flattened."""
         if "block_table" not in call.batch:
             return np.asarray(int(call.batch["cu_seqlens_k"][request]) + positions)
@@ -51,9 +51,9 @@ class Kernel:
         """Query rows of a request."""
         return range(int(call.batch["cu_seqlens_q"][request]), int(call.batch["cu_seqlens_q"][request + 1]))
 
-    def fetch(self, memory: Array, places: Array) -> Array:
+    def fetch(self, memory: Array, slots: Array) -> Array:
         """float32 rows of one stored array; pages flattened."""
-        return memory.reshape(-1, memory.shape[-1])[places].astype(np.float32)
+        return memory.reshape(-1, memory.shape[-1])[slots].astype(np.float32)
 
 
 class LightningIndex(Kernel):
@@ -73,13 +73,13 @@ class LightningIndex(Kernel):
         """First position that row i of a request does not see."""
         return keys - rows + i + 1
 
-    def keys(self, call: Call, places: Array) -> tuple[Array, Array]:
+    def keys(self, call: Call, slots: Array) -> tuple[Array, Array]:
         """(k [n, D], scale [n]) in float32."""
         k, scale, name = call.arrays["k"], call.arrays.get("k_scale"), call.options["k_layout"]
         if name is not None:
             k, scale, _ = unpack(name, k)
-        found = np.ones(len(places), np.float32) if scale is None else scale.reshape(-1)[places].astype(np.float32)
-        return self.fetch(k, places), found
+        found = np.ones(len(slots), np.float32) if scale is None else scale.reshape(-1)[slots].astype(np.float32)
+        return self.fetch(k, slots), found
 
     def operands(self, q: Array, k: Array) -> tuple[Array, Array]:
         """q [H, D] of one row and k [n, D]."""
@@ -130,7 +130,7 @@ class LightningIndex(Kernel):
         """(indices [topk], scores [topk]) of one row."""
         start, end = self.span(call, request, row)
         topk = int(call.options["topk"])
-        keys, scale = self.keys(call, self.places(call, request, np.arange(start, end)))
+        keys, scale = self.keys(call, self.slots(call, request, np.arange(start, end)))
         q, weights = (call.arrays[name][row].astype(np.float32) for name in ("q", "weights"))
         found = self.scores(q, keys, weights, scale)
         chosen = self.order(self.select(found, topk))
@@ -159,15 +159,15 @@ class SparseAttend(Kernel):
         """Those that name a key; the others are skipped wherever they stand."""
         return entries[(entries >= 0) & (entries < length)]
 
-    def stored_rows(self, call: Call, places: Array) -> Array:
+    def stored_rows(self, call: Call, slots: Array) -> Array:
         """kv [n, Dqk] in float32; a packed row is value * scale of its tile, beside the rotated part."""
         name, kv = call.options["kv_layout"], call.arrays["kv"]
         if name is None:
-            return self.fetch(kv, places)
+            return self.fetch(kv, slots)
         values, scale, rope = self.parts(name, kv)
         assert rope is not None
-        tiles = np.repeat(self.tile_scales(self.fetch(scale, places)), layout(name).tile, axis=1)
-        return np.concatenate([self.fetch(values, places) * tiles, self.fetch(rope, places)], axis=1)
+        tiles = np.repeat(self.tile_scales(self.fetch(scale, slots)), layout(name).tile, axis=1)
+        return np.concatenate([self.fetch(values, slots) * tiles, self.fetch(rope, slots)], axis=1)
 
     def parts(self, name: str, kv: Array) -> Unpacked:
         """Values, scales and rotated part of a packed cache."""
@@ -242,7 +242,7 @@ class SparseAttend(Kernel):
         if not len(positions):
             out, lse = self.empty(len(q), options["value_dim"])
         else:
-            kv = self.stored_rows(call, self.places(call, request, positions))
+            kv = self.stored_rows(call, self.slots(call, request, positions))
             out, lse = self.attend(q, kv, options["softmax_scale"], options["value_dim"], call.arrays.get("attn_sink"))
         return self.store(out, q.dtype), lse
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from dsa_portable.arrays import NUMPY_DTYPES
 from dsa_portable.conformance.cases.call import Call
-from dsa_portable.conformance.emulator import dot, rounded
 from dsa_portable.conformance.faults.implementation import Array, LightningIndex
+from dsa_portable.conformance.judging.emulator import dot, rounded
 from dsa_portable.profile import Accumulator
 
 E4M3_SMALLEST_NORMAL = 2.0**-6
@@ -187,11 +187,11 @@ class KeysReadAsFnuz(LightningIndex):
     code, title, stands_for = "I36", "e4m3fn and e4m3fnuz confused", "sglang#29479"
     killed_by, rule = "index-e4m3-f32-f32-prefill-codes", "certificate"
 
-    def fetch(self, memory: Array, places: Array) -> Array:
+    def fetch(self, memory: Array, slots: Array) -> Array:
         """The other float8's values of the same bytes."""
         if memory.dtype == NUMPY_DTYPES["float8_e4m3fn"]:
             memory = memory.view(NUMPY_DTYPES["float8_e4m3fnuz"])
-        return super().fetch(memory, places)
+        return super().fetch(memory, slots)
 
 
 class OperandsSaturate(LightningIndex):
@@ -238,8 +238,8 @@ class WeightsOfSixtyFourHeads(LightningIndex):
         """With each row's weights taken from there, from the beginning again behind the end."""
         weights = call.arrays["weights"]
         rows, heads = weights.shape
-        places = (np.arange(rows)[:, None] * 64 + np.arange(heads)) % weights.size
-        return super().run(replace(call, arrays={**call.arrays, "weights": weights.reshape(-1)[places]}))
+        slots = (np.arange(rows)[:, None] * 64 + np.arange(heads)) % weights.size
+        return super().run(replace(call, arrays={**call.arrays, "weights": weights.reshape(-1)[slots]}))
 
 
 FAULTS: tuple[type[LightningIndex], ...] = (

@@ -19,10 +19,10 @@ class Unchecked(LightningIndex):
         """Within the table."""
         return super().page(call, request, np.minimum(page, call.batch["block_table"].shape[1] - 1))
 
-    def places(self, call: Call, request: int, positions: Array) -> Array:
+    def slots(self, call: Call, request: int, positions: Array) -> Array:
         """Within the memory."""
         k = call.arrays["k"]
-        return np.clip(super().places(call, request, positions), 0, k.size // k.shape[-1] - 1)
+        return np.clip(super().slots(call, request, positions), 0, k.size // k.shape[-1] - 1)
 
 
 # --- pages and requests ---
@@ -45,10 +45,10 @@ class FirstSlotOfPage(LightningIndex):
     code, title, stands_for = "I23", "first key of the page read for all of its keys", "aiter#5591"
     killed_by, rule = "index-e4m3-f32-f32-decode-paged64", "certificate"
 
-    def places(self, call: Call, request: int, positions: Array) -> Array:
+    def slots(self, call: Call, request: int, positions: Array) -> Array:
         """Rounded down to the page."""
         size = int(call.batch_options["page_size"] or 1)
-        return super().places(call, request, positions // size * size)
+        return super().slots(call, request, positions // size * size)
 
 
 class PageSizeAssumed(Unchecked):
@@ -57,10 +57,10 @@ class PageSizeAssumed(Unchecked):
     code, title = "I80", "page size assumed to be 64"
     killed_by, rule = "index-e4m3-f32-f32-decode-paged128", "certificate"
 
-    def places(self, call: Call, request: int, positions: Array) -> Array:
+    def slots(self, call: Call, request: int, positions: Array) -> Array:
         """As if they did."""
         size = call.batch_options["page_size"] and PAGE
-        return super().places(replace(call, batch_options={**call.batch_options, "page_size": size}), request, positions)
+        return super().slots(replace(call, batch_options={**call.batch_options, "page_size": size}), request, positions)
 
 
 class TableStrideAssumed(Unchecked):
@@ -83,9 +83,9 @@ class OffsetWraps(LightningIndex):
     killed_by, rule = "index-e4m3-f32-f32-decode-paged64", "certificate"
     limit = 1 << 19
 
-    def fetch(self, memory: Array, places: Array) -> Array:
+    def fetch(self, memory: Array, slots: Array) -> Array:
         """0 from the limit on."""
-        return np.where((places * memory.shape[-1] < self.limit)[:, None], super().fetch(memory, places), np.float32(0))
+        return np.where((slots * memory.shape[-1] < self.limit)[:, None], super().fetch(memory, slots), np.float32(0))
 
 
 class LastPageWraps(LightningIndex):
@@ -128,9 +128,9 @@ class PrefixSumWithoutZero(Unchecked):
     code, title = "I83", "keys read from the next request on"
     killed_by, rule = "index-e4m3-f32-f32-decode-out", "certificate"
 
-    def places(self, call: Call, request: int, positions: Array) -> Array:
+    def slots(self, call: Call, request: int, positions: Array) -> Array:
         """The next request's."""
-        return super().places(call, request if "block_table" in call.batch else request + 1, positions)
+        return super().slots(call, request if "block_table" in call.batch else request + 1, positions)
 
 
 class GapsIgnored(Unchecked):
@@ -139,12 +139,12 @@ class GapsIgnored(Unchecked):
     code, title = "I84", "room between requests ignored"
     killed_by, rule = "index-e4m3-f32-f32-decode-lengths", "certificate"
 
-    def places(self, call: Call, request: int, positions: Array) -> Array:
+    def slots(self, call: Call, request: int, positions: Array) -> Array:
         """Behind the lengths of those before."""
         if "block_table" in call.batch:
-            return super().places(call, request, positions)
+            return super().slots(call, request, positions)
         starts = np.concatenate([[0], np.cumsum(call.batch["seqlens_k"])])
-        return super().places(replace(call, batch={**call.batch, "cu_seqlens_k": starts}), request, positions)
+        return super().slots(replace(call, batch={**call.batch, "cu_seqlens_k": starts}), request, positions)
 
 
 class MaskedByProduct(Unchecked):
@@ -157,7 +157,7 @@ class MaskedByProduct(Unchecked):
         """The honest one over whole tiles."""
         start, end = self.span(call, request, row)
         topk, reach = int(call.options["topk"]), -(-end // TILE) * TILE
-        keys, scale = self.keys(call, self.places(call, request, np.arange(start, reach)))
+        keys, scale = self.keys(call, self.slots(call, request, np.arange(start, reach)))
         q, weights = (call.arrays[name][row].astype(np.float32) for name in ("q", "weights"))
         found = self.scores(q, keys, weights, scale)
         found[end - start :] *= 0
@@ -175,14 +175,14 @@ class PageScaleStale(LightningIndex):
     code, title = "I31", "scales of one page are stale"
     killed_by, rule = "index-e4m3-f32-f32-decode-paged64", "certificate"
 
-    def keys(self, call: Call, places: Array) -> tuple[Array, Array]:
+    def keys(self, call: Call, slots: Array) -> tuple[Array, Array]:
         """For the first request's first page."""
         if "block_table" not in call.batch:
-            return super().keys(call, places)
+            return super().keys(call, slots)
         size = int(call.batch_options["page_size"])
-        stale = places // size == call.batch["block_table"][0, 0]
-        mirrored = places // size * size + (size - 1 - places % size)
-        return super().keys(call, places)[0], super().keys(call, np.where(stale, mirrored, places))[1]
+        stale = slots // size == call.batch["block_table"][0, 0]
+        mirrored = slots // size * size + (size - 1 - slots % size)
+        return super().keys(call, slots)[0], super().keys(call, np.where(stale, mirrored, slots))[1]
 
 
 class ScaleOfTile(LightningIndex):
@@ -191,10 +191,10 @@ class ScaleOfTile(LightningIndex):
     code, title, stands_for = "I32", "first scale of the page used for all of its keys", "ATOM#1466"
     killed_by, rule = "index-e4m3-f32-f32-decode-out", "certificate"
 
-    def keys(self, call: Call, places: Array) -> tuple[Array, Array]:
+    def keys(self, call: Call, slots: Array) -> tuple[Array, Array]:
         """Scales of the first slot."""
         size = int(call.batch_options["page_size"] or PAGE)
-        return super().keys(call, places)[0], super().keys(call, places // size * size)[1]
+        return super().keys(call, slots)[0], super().keys(call, slots // size * size)[1]
 
 
 class ScaleOfNeighbour(LightningIndex):
@@ -203,9 +203,9 @@ class ScaleOfNeighbour(LightningIndex):
     code, title = "I86", "key scale of the neighbour"
     killed_by, rule = "index-e4m3-f32-f32-decode-out", "certificate"
 
-    def keys(self, call: Call, places: Array) -> tuple[Array, Array]:
-        """Scales of the places shifted by one."""
-        return super().keys(call, places)[0], super().keys(call, np.append(places[1:], places[:1]))[1]
+    def keys(self, call: Call, slots: Array) -> tuple[Array, Array]:
+        """Scales of the slots shifted by one."""
+        return super().keys(call, slots)[0], super().keys(call, np.append(slots[1:], slots[:1]))[1]
 
 
 # --- packed caches ---
@@ -218,10 +218,10 @@ class PlanarReadInterleaved(LightningIndex):
     killed_by, rule = "index-e4m3-f32-f32-prefill-planar", "certificate"
     written, read = "idx_fp8_132_planar", "idx_fp8_132_interleaved"
 
-    def keys(self, call: Call, places: Array) -> tuple[Array, Array]:
+    def keys(self, call: Call, slots: Array) -> tuple[Array, Array]:
         """By the other layout."""
         other = self.read if call.options["k_layout"] == self.written else call.options["k_layout"]
-        return super().keys(replace(call, options={**call.options, "k_layout": other}), places)
+        return super().keys(replace(call, options={**call.options, "k_layout": other}), slots)
 
 
 class InterleavedReadPlanar(PlanarReadInterleaved):

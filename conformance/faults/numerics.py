@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from dsa_portable.conformance.emulator import rounded
 from dsa_portable.conformance.faults.implementation import LightningIndex, SparseAttend
+from dsa_portable.conformance.judging.emulator import rounded
 from dsa_portable.profile import Accumulator, Profile
 
 Array: TypeAlias = np.ndarray[Any, Any]

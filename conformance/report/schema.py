@@ -173,6 +173,7 @@ class CaseResult(_Model):
     phase: Named
     claim_required: bool = Field(description="True where the claim falls without this case")
     hazards: list[str]
+    features: Declared = Field(default={}, description="Feature -> value of what the case uses; empty where it was not judged")
     why: Named = Field(description="One sentence: the hazard that the case is for")
     status: Status
     rule: Named | None = Field(description="The first rule of docs/judging.md that a FAIL broke; null for every other status")
@@ -307,7 +308,7 @@ class Run(_Model):
     started: Instant
     finished: Instant
     seconds: NonNegativeFloat
-    peak_memory_bytes: dict[str, NonNegativeInt] = Field(description="By process: runner, worker")
+    peak_memory_bytes: dict[str, NonNegativeInt] = Field(description="By process: runner, worker, judge (the largest)")
     interrupted: bool
     resumed: bool
     timeout_scale: PositiveFloat

@@ -5,16 +5,11 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Protocol
 
 from dsa_portable.conformance.report.schema import (
     EXECUTED,
     FAILING,
-    BackendRef,
     CaseResult,
-    DeviceRef,
-    Evidence,
-    ListRef,
     Report,
     Status,
 )
@@ -24,40 +19,12 @@ _RED, _GREEN, _YELLOW, _PLAIN = "\x1b[31m", "\x1b[32m", "\x1b[33m", "\x1b[0m"
 _COLUMNS = ("operator", "format", "phase", "envelope", "level")
 
 
-class Heading(Protocol):
-    """What is known before the first case runs; a `Report` is one too."""
-
-    @property
-    def backend(self) -> BackendRef:
-        """The backend asked for and the one that runs."""
-
-    @property
-    def list(self) -> ListRef:
-        """The list that the run names."""
-
-    @property
-    def device(self) -> DeviceRef | None:
-        """The probe's answer."""
-
-    @property
-    def evidence(self) -> Evidence:
-        """The class of evidence, as far as it is settled."""
-
-    @property
-    def evidence_reason(self) -> str:
-        """Why it is of that class."""
-
-    @property
-    def emulates(self) -> str | None:
-        """The emulated chip."""
-
-
 def one_line(text: str) -> str:
     """The text on one line; control characters, which a backend's message may carry to the terminal, are escaped."""
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in " ".join(text.split()))
 
 
-def header(run: Heading) -> str:
+def header(run: Report) -> str:
     """The lines above the progress: the first names backend, list and evidence class, the rest say what stands behind them."""
     backend, tests, device = run.backend, run.list, run.device
     chip = "none found"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from dsa_portable.errors import DSAError
 FILES = {"junit.xml": junit, "summary.md": summary, "report.json": to_json}
 # The folder of failed cases' arrays, a .npz each.
 FAILED = "failed"
+# The folder of what the backend answered, case by case.
+RECORDINGS = "recordings"
 
 
 class ReportDirectoryError(DSAError, ValueError):
@@ -33,10 +35,16 @@ def prepare(directory: Path) -> None:
         raise _unwritable(directory, error) from error
 
 
-def clear(directory: Path) -> None:
-    """Remove a former run's report, which nobody shall take for that of a run that died. Raises ReportDirectoryError."""
+def clear(directory: Path, kept: Container[str] = ()) -> None:
+    """Remove a former run's report, which nobody shall take for that of a run that died, and all recordings but the cases kept.
+
+    Raises ReportDirectoryError.
+    """
+    recordings = directory / RECORDINGS
     try:
-        for path in (*(directory / name for name in FILES), *(directory / FAILED).glob("*.npz")):
+        recordings.mkdir(exist_ok=True)
+        former = (*(directory / FAILED).glob("*.npz"), *(path for path in recordings.iterdir() if path.stem not in kept))
+        for path in (*(directory / name for name in FILES), *former):
             path.unlink(missing_ok=True)
     except OSError as error:
         raise _unwritable(directory, error) from error

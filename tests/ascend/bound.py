@@ -17,7 +17,6 @@ import torch_npu  # noqa: E402, F401
 
 from dsa_portable.arrays import from_numpy  # noqa: E402
 from dsa_portable.backends.ascend import device, vendor  # noqa: E402
-from dsa_portable.conformance.cases.call import request_of  # noqa: E402
 from dsa_portable.conformance.cases.catalogue import CASES  # noqa: E402
 from dsa_portable.request import attend_request, index_request  # noqa: E402
 
@@ -46,7 +45,7 @@ def bound(name: str) -> Any:
     called.clear()
     found = getattr(importlib.import_module(f"dsa_portable.backends.ascend.{call.operator}"), call.operator)(request)
     found = found if isinstance(found, tuple) else (found,)
-    expected = [[dtype, list(shape)] for dtype, shape in request_of(call).results.values()]
+    expected = [[dtype, list(shape)] for dtype, shape in call.request.results.values()]
     return expected, [[str(x.dtype).removeprefix("torch."), list(x.shape)] for x in found], sorted(set(called))
 
 

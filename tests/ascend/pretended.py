@@ -15,10 +15,10 @@ import numpy as np
 from dsa_portable.backend import Device
 from dsa_portable.backends import ascend
 from dsa_portable.backends.ascend import device, schemas
-from dsa_portable.conformance.cases.call import Call, request_of
+from dsa_portable.conformance.cases.call import Call
 from dsa_portable.conformance.cases.catalogue import CASES
 from dsa_portable.conformance.hosts.ascend import pretend, reference
-from dsa_portable.conformance.judge import judge
+from dsa_portable.conformance.judging.judge import judge_call
 from dsa_portable.request import attend_request, index_request
 
 SOC = {"A2": "Ascend910B3", "A3": "Ascend910_9382", "950": "Ascend950PR_9589"}
@@ -47,7 +47,7 @@ def edited(folder: Path, name: str, edit: list[str] | None) -> str:
 def outputs(package: str, call: Call) -> dict[str, Any]:
     """The results of a call on the pretend device, by name."""
     arguments = {**call.on(device.put).arrays, **call.options, "batch": call.make_batch(device.put), "index_space": "request"}
-    results = request_of(call).results
+    results = call.request.results
     wants_out = arguments.pop("out", False)
     out = tuple(device.put(np.zeros(shape, np.int8)).to(dtype_of(dtype)) for dtype, shape in results.values())
     build = index_request if call.operator == "lightning_index" else attend_request
@@ -94,7 +94,7 @@ def verdict(package: str, chip: Device, name: str) -> tuple[str, str | None, str
     profile = device.profile(chip, call.operator, case.format, case.phase)
     try:
         with np.errstate(all="ignore"):
-            found = judge(case, call, outputs(package, call), profile)
+            found = judge_call(case, call, outputs(package, call), profile)
     except Exception as exc:
         return "ERROR", None, f"{type(exc).__name__}: {exc}"
     return found.status, found.rule, found.reason

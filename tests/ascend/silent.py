@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from dsa_portable import ops, registry
-from dsa_portable.conformance.cases.call import request_of
 from dsa_portable.conformance.cases.catalogue import CASES
 from dsa_portable.conformance.hosts.ascend import aclnn, runtime
-from dsa_portable.conformance.judge import judge
+from dsa_portable.conformance.judging.judge import judge_call
 
 folder, name, *silent = sys.argv[1:]
 runtime.start(Path(folder), "A2")
@@ -32,8 +31,8 @@ call = next(case.steps())
 on_device, batch = call.on(backend.put), call.make_batch(backend.put)
 returned = getattr(ops, call.operator)(**on_device.arrays, **call.options, batch=batch, backend="ascend")
 returned = returned if isinstance(returned, tuple) else (returned,)
-outputs = {result: backend.get(array) for result, array in zip(request_of(call).results, returned, strict=True)}
+outputs = {result: backend.get(array) for result, array in zip(call.request.results, returned, strict=True)}
 profile = backend.profile(device, call.operator, case.format, case.phase)
 with np.errstate(all="ignore"):
-    verdict = judge(case, call, outputs, profile)
+    verdict = judge_call(case, call, outputs, profile)
 print(json.dumps([verdict.status, verdict.rule, verdict.reason]))

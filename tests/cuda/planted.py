@@ -14,10 +14,10 @@ import numpy as np
 from dsa_portable.arrays import to_numpy
 from dsa_portable.backends import cuda
 from dsa_portable.backends.cuda import device
-from dsa_portable.conformance.cases.call import Call, request_of
+from dsa_portable.conformance.cases.call import Call
 from dsa_portable.conformance.cases.catalogue import CASES
-from dsa_portable.conformance.judge import judge
-from dsa_portable.conformance.verdict import Verdict
+from dsa_portable.conformance.judging.judge import judge_call
+from dsa_portable.conformance.judging.rules import Verdict
 
 # (file, text that stands there once, text instead)
 Edit = tuple[str, str, str]
@@ -42,7 +42,7 @@ def copy(folder: Path, name: str, *edits: Edit) -> str:
 
 def outputs(package: str, call: Call) -> Mapping[str, np.ndarray[Any, Any]]:
     """The results of a call by name; what is allocated and not written holds NaN."""
-    request = request_of(call)
+    request = call.request
     function = getattr(importlib.import_module(f"{package}.{call.operator}"), call.operator)
     found = function(request.as_kind("torch"))
     found = found if isinstance(found, tuple) else (found,)
@@ -55,4 +55,4 @@ def verdict(package: str, case_id: str) -> Verdict:
     call = next(case.steps())
     profile = device.profile(device.probe(), call.operator, case.format, case.phase)
     with np.errstate(all="ignore"):
-        return judge(case, call, outputs(package, call), profile)
+        return judge_call(case, call, outputs(package, call), profile)

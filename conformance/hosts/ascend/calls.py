@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dsa_portable import ops, registry
-from dsa_portable.conformance.cases.call import Call, Outputs, drive, request_of
+from dsa_portable.conformance.cases.call import Call, Outputs, drive
 from dsa_portable.conformance.cases.catalogue import CASES
 from dsa_portable.conformance.hosts.ascend import BACKEND, aclnn, cache_folder, runtime
 from dsa_portable.errors import DSAError, InvalidArgument
@@ -35,7 +35,7 @@ def recorded(case_id: str, host: runtime.Runtime) -> list[dict[str, Any]]:
         backend.synchronize()
         found.extend(map(_as_json, host.calls))
         returned = returned if isinstance(returned, tuple) else (returned,)
-        return {name: backend.get(array) for name, array in zip(request_of(call).results, returned, strict=True)}
+        return {name: backend.get(array) for name, array in zip(call.request.results, returned, strict=True)}
 
     drive(CASES[case_id].steps(), run)
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -11,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,7 +18,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dsa_portable.conformance import arrays_file, lists
+from dsa_portable.conformance import lists
+from dsa_portable.conformance.cases.catalogue import CASES as CASES_BY_ID
+from dsa_portable.conformance.execute import arrays_file, recording
+from dsa_portable.conformance.judging.judge import judge
 from dsa_portable.conformance.report import schema
 from dsa_portable.conformance.report.schema import Evidence, Report, Status
 from tests import plugins
@@ -65,7 +67,7 @@ def test_a_whole_run(smoke: Run, folder: Path) -> None:
     assert not report.run.interrupted
     assert not report.run.resumed
     assert min(report.run.peak_memory_bytes.values()) > 10 << 20
-    assert {path.name for path in (folder / "smoke").iterdir()} == {"report.json", "junit.xml", "summary.md", "journal.jsonl"}
+    assert {path.name for path in (folder / "smoke").iterdir()} == {"report.json", "junit.xml", "summary.md", "recordings"}
 
 
 def test_the_first_and_the_last_line_carry_the_evidence(smoke: Run) -> None:
@@ -75,12 +77,39 @@ def test_the_first_and_the_last_line_carry_the_evidence(smoke: Run) -> None:
     assert "(HARDWARE), but no level is granted" in lines[-1]
 
 
-def test_a_whole_run_has_a_line_and_a_journal_entry_per_case(smoke: Run, folder: Path) -> None:
+def test_a_whole_run_has_a_line_and_a_recording_per_case(smoke: Run, folder: Path) -> None:
     shown = re.findall(rf"^\[ *(\d+)/{CASES}\] PASS +(\S+)", smoke[0].stdout, re.MULTILINE)
     assert shown == [(str(i), row.id) for i, row in enumerate(smoke[1].cases, start=1)]
-    identity, *entries = map(json.loads, (folder / "smoke" / "journal.jsonl").read_text().splitlines())
-    assert (identity["backend"], identity["list"]) == ("cpu", smoke[1].list.sha256)
-    assert [entry["row"]["id"] for entry in entries] == [row.id for row in smoke[1].cases]
+    subject = recording.load_subject(folder / "smoke" / "recordings")
+    assert subject is not None
+    assert (subject.backend, subject.list_sha256) == ("cpu", smoke[1].list.sha256)
+    ids = [row.id for row in smoke[1].cases]
+    files = {f"{id}.{kind}" for id in ids for kind in ("json", "npz")} | {"subject.json"}
+    assert {path.name for path in (folder / "smoke" / "recordings").iterdir()} == files
+
+
+def test_a_recording_and_its_subject_are_all_that_a_judge_needs(smoke: Run, folder: Path) -> None:
+    recordings = folder / "smoke" / "recordings"
+    subject, found = recording.load_subject(recordings), recording.load(recordings, SMALL)
+    assert subject is not None
+    assert found is not None
+    assert judge(CASES_BY_ID[SMALL], found, subject) == rows(smoke[1])[SMALL]
+    indices = found.outputs[0]["indices"].copy()
+    indices[0, 0] = indices[0, 1]
+    outputs = [{"indices": indices}]
+    other = replace(found, outputs_sha256=recording.outputs_sha256(outputs))
+    assert judge(CASES_BY_ID[SMALL], with_outputs(other, outputs), subject).rule == "unique"
+    with pytest.raises(ValueError, match=f"the recorded outputs of {SMALL} are not those that were hashed"):
+        judge(CASES_BY_ID[SMALL], with_outputs(found, outputs), subject)
+
+
+def with_outputs(found: recording.Recording, outputs: list[dict[str, np.ndarray]]) -> recording.Recording:
+    """The same recording beside another file of outputs."""
+    assert found.folder is not None
+    elsewhere = found.folder.parent / "elsewhere"
+    elsewhere.mkdir(exist_ok=True)
+    recording.save(elsewhere, found, outputs)
+    return replace(found, folder=elsewhere)
 
 
 def test_the_other_engine(folder: Path) -> None:
@@ -132,8 +161,8 @@ DEEDS = {
     ),
     "asks the oracle": Deed(
         "prefill-range",
-        "from dsa_portable.conformance.oracle import index_scores",
-        reason="ImportError: dsa_portable.conformance.oracle cannot be imported in the process that runs a backend",
+        "from dsa_portable.conformance.judging import oracle",
+        reason="ImportError: dsa_portable.conformance.judging cannot be imported in the process that runs a backend",
     ),
     "writes inputs": Deed(
         "decode-range",
@@ -307,12 +336,12 @@ attend = sparse_attend
     plugins.module(tmp_path, "killer", "operators=OURS", source)
     arguments = ("conformance", "--backend", "killer", "--level", "smoke", "--case", f"{HEAD}-decode-lengths", "--out", "out")
     assert plugins.dsa_portable(tmp_path, *arguments).returncode == 1
-    out, left = tmp_path / "out", {"report.json", "junit.xml", "summary.md", "journal.jsonl", "failed"}
+    out, left = tmp_path / "out", {"report.json", "junit.xml", "summary.md", "recordings", "failed"}
     assert {path.name for path in out.iterdir()} == left
     assert len(list((out / "failed").iterdir())) == 1
     (tmp_path / "kill").touch()
     assert plugins.dsa_portable(tmp_path, *arguments).returncode == -signal.SIGKILL
-    assert {path.name for path in out.iterdir()} == {"journal.jsonl", "failed"}
+    assert {path.name for path in out.iterdir()} == {"recordings", "failed"}
     assert not list((out / "failed").iterdir())
 
 
@@ -472,6 +501,10 @@ def test_emulating_what_is_not_declared(tmp_path: Path) -> None:
 LITTLE = """
 HAS = CPU.capabilities(None)["lightning_index"]
 FEW = {"lightning_index": {**HAS, "format": ("e4m3/f32/f32",), "topk": (1,)}}
+
+def few(device):
+    time.sleep(float(os.environ.get("PACE", 0)))  # asked in every call, so that cases are left when a signal arrives
+    return FEW
 """
 
 
@@ -479,7 +512,7 @@ FEW = {"lightning_index": {**HAS, "format": ("e4m3/f32/f32",), "topk": (1,)}}
 def little(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run]:
     """Where a backend that declares little is installed, and a whole run of it."""
     folder = tmp_path_factory.mktemp("little")
-    plugins.module(folder, "little", "capabilities=lambda device: FEW", LITTLE)
+    plugins.module(folder, "little", "capabilities=few", LITTLE)
     return folder, conformance(folder, "whole", "--backend", "little")
 
 
@@ -546,24 +579,24 @@ def test_a_run_that_is_interrupted_three_times_ends_as_one_that_is_not(little: t
     folder, (whole, expected) = little
     words = ("conformance", "--backend", "little", "--level", "smoke", "--out", "parts")
     interpreted = {"TRITON_INTERPRET": "1"}
+    paced = interpreted | {"PACE": "0.15"}
     kept: dict[str, schema.CaseResult] = {}
-    for how, line, resume in ((signal.SIGINT, r"^\[ 5/", ()), (signal.SIGTERM, r"^\[20/", ("--resume",))):
-        stopped = plugins.interrupt(folder, how, line, *words, *resume, **interpreted)
+    for how, resume in ((signal.SIGINT, ()), (signal.SIGTERM, ("--resume",))):
+        stopped = plugins.interrupt(folder, how, r"^\[ *\d+/", *words, *resume, **paced)
         report = schema.load(folder / "parts" / "report.json")
         assert (stopped.returncode, report.exit_code, stopped.stderr) == (3, 3, "")
-        assert "interrupted; the rows so far are in parts/journal.jsonl, and --resume goes on from there" in stopped.stdout
+        assert "interrupted; what was recorded is in parts/recordings, and --resume goes on from there" in stopped.stdout
         assert (report.run.interrupted, report.run.resumed) == (True, bool(resume))
         assert {row.reason for row in report.cases if row.status is Status.NOT_RUN} == {"interrupted before it"}
         assert stopped.stdout.splitlines()[-1].startswith("INCOMPLETE: ")
         assert len(kept) < len(seen(report)) < len(report.cases) == CASES
         assert kept.items() <= seen(report).items(), "rows are kept as they were"
         kept = seen(report)
-    killed = plugins.interrupt(folder, signal.SIGKILL, r"^\[25/", *words, "--resume", **interpreted)
+    killed = plugins.interrupt(folder, signal.SIGKILL, r"^\[ *\d+/", *words, "--resume", **paced)
     assert killed.returncode == -signal.SIGKILL
-    journal = folder / "parts" / "journal.jsonl"
-    lines = journal.read_text().splitlines()
-    assert len(lines) > 25
-    journal.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:200])
+    recorded = sorted((folder / "parts" / "recordings").glob("*-*.json"), key=lambda path: path.stat().st_mtime)
+    assert len(kept) < len(recorded) < CASES
+    recorded[-1].write_text(recorded[-1].read_text()[:40])
     done, report = conformance(folder, "parts", "--resume", "--backend", "little", **interpreted)
     assert (done.returncode, report.evidence, report.level) == (whole.returncode, Evidence.SIMULATED, None)
     assert done.stdout.splitlines()[-1] == "no failure (SIMULATED: not run on the named chip; no level can be granted)"
@@ -571,16 +604,16 @@ def test_a_run_that_is_interrupted_three_times_ends_as_one_that_is_not(little: t
     assert kept.items() <= rows(report).items()
     assert facts(report) == facts(expected)
     first = next(line for line in done.stdout.splitlines() if line.startswith("["))
-    assert first.startswith(f"[{len(lines) - 1}/{CASES}]"), "the half-written row, and no earlier one, is made again"
+    assert f" {recorded[-1].stem} " in first, "what was half written, and nothing before it, is made again"
 
 
 def test_resuming_what_is_another_run(smoke: Run, folder: Path, tmp_path: Path) -> None:
     plugins.copy_of_cpu(tmp_path, "twin")
-    before = (folder / "smoke" / "journal.jsonl").read_bytes()
+    before = (folder / "smoke" / "recordings" / "subject.json").read_bytes()
     words = ("conformance", "--resume", "--out")
     refused = [
         (("--level", "smoke", "--backend", "twin", *words[3:]), {}, "backend"),
-        (("--level", "core", "--backend", "cpu"), {}, "list"),
+        (("--level", "core", "--backend", "cpu"), {}, "list, profiles"),
         (("--level", "smoke", "--backend", "cpu"), {"DSA_CPU_ENGINE": "numpy"}, "device, variables"),
     ]
     for arguments, variables, what in refused:
@@ -590,7 +623,7 @@ def test_resuming_what_is_another_run(smoke: Run, folder: Path, tmp_path: Path) 
     done = plugins.dsa_portable(tmp_path, *words, "new", "--level", "smoke", "--backend", "cpu")
     assert done.returncode == 2
     assert done.stderr == "dsa-portable: new holds no interrupted run, but --resume was passed; leave it out.\n"
-    assert (folder / "smoke" / "journal.jsonl").read_bytes() == before
+    assert (folder / "smoke" / "recordings" / "subject.json").read_bytes() == before
 
 
 def test_an_interrupt_leaves_no_process_behind(tmp_path: Path) -> None:

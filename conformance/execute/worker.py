@@ -1,11 +1,10 @@
-"""The process that runs the backend and nothing else: it cannot import the oracle, and it is replaced when it misbehaves.
+"""The process that runs the backend and nothing else: it can import no answers, and it is replaced when it misbehaves.
 
-It reads one JSON line per case from stdin and answers with one on what was stdout; whatever the backend prints goes to stderr.
+It reads a JSON line per case from stdin, leaves a recording and says so on what was stdout; the backend prints to stderr.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.abc
 import importlib.machinery
 import json
@@ -14,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,39 +25,31 @@ from dsa_portable.arrays import NUMPY_DTYPES, device_name
 from dsa_portable.backend import Backend
 from dsa_portable.batch import ARRAYS as BATCH_ARRAYS
 from dsa_portable.batch import Batch
-from dsa_portable.conformance import arrays_file, hosts
-from dsa_portable.conformance.cases.call import Call, Outputs, drive, request_of, sha256_of
+from dsa_portable.conformance import hosts
+from dsa_portable.conformance.cases.call import Call, Outputs, drive, sha256_of
 from dsa_portable.conformance.cases.catalogue import CASES
-from dsa_portable.conformance.environment import peak_memory
+from dsa_portable.conformance.execute import arrays_file, recording
+from dsa_portable.conformance.execute.process import peak_memory
+from dsa_portable.conformance.execute.recording import Recording, outputs_sha256
 from dsa_portable.conformance.hosts import triton
 from dsa_portable.errors import BackendError, Unsupported
 
-REFERENCES = frozenset(
-    f"dsa_portable.conformance.{name}" for name in ("oracle", "oracle_dense", "emulator", "criteria", "judge")
-)
+# Packages that know answers.
+ANSWERS = tuple(f"dsa_portable.conformance.{name}" for name in ("judging", "faults", "bench"))
 # How many NaN-filled buffers of each output's size are left for the backend's allocator to hand out again.
 STALE_BUFFERS = 3
 
 
-class NoReference(importlib.abc.MetaPathFinder):
+class NoAnswers(importlib.abc.MetaPathFinder):
     """Refuses to import what knows the answers, so that no backend can."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """Raise for the references, leave everything else to the next finder."""
-        if name in REFERENCES:
+        """Raise for these packages, leave everything else to the next finder."""
+        if name in ANSWERS or name.startswith(tuple(f"{package}." for package in ANSWERS)):
             raise ImportError(f"{name} cannot be imported in the process that runs a backend")
         return None
-
-
-def outputs_sha256(outputs: arrays_file.Arrays) -> str:
-    """Over every output's name, dtype, shape and bytes."""
-    digest = hashlib.sha256()
-    for name, array in sorted(outputs.items()):
-        digest.update(f"{name} {array.dtype.name} {list(array.shape)}".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
 
 
 def _nan_bytes(dtype: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
@@ -77,38 +69,58 @@ class Malformed(Exception):
     """The call returned what cannot be compared: other results than it was asked for."""
 
 
-class Runner:
-    """Runs cases on one backend; `scratch` takes the outputs."""
+@dataclass
+class Seen:
+    """What adds up over a case's calls."""
 
-    def __init__(self, backend: Backend, scratch: Path) -> None:
-        self.backend, self.scratch = backend, scratch
+    seconds: float = 0.0
+    reached: bool = True
+    changed_inputs: list[str] = field(default_factory=list)
 
-    def run(self, case_id: str) -> dict[str, Any]:
-        """Run the case's calls one after another; the answer says what became of them, the outputs lie in `scratch`."""
-        answer: dict[str, Any] = {"case": case_id, "status": "done", "seconds": 0.0, "reached": True, "changed_inputs": []}
+
+class Worker:
+    """Runs cases on one backend; `folder` takes the recordings."""
+
+    def __init__(self, backend: Backend, folder: Path) -> None:
+        self.backend, self.folder = backend, folder
+
+    def run(self, case: str) -> None:
+        """Run the case's calls one after another and leave its recording."""
+        seen = Seen()
         inputs: list[str] = []
-        outputs: list[str] = []
+        outputs: list[Outputs] = []
 
         def run(call: Call) -> Outputs:
             inputs.append(call.sha256())
-            found = self._call(call, answer)
-            arrays_file.save(self.scratch / f"{case_id}.{len(outputs)}.npz", found)
-            outputs.append(outputs_sha256(found))
-            return found
+            outputs.append(self._call(call, seen))
+            return outputs[-1]
 
         try:
-            drive(CASES[case_id].steps(), run)
+            drive(CASES[case].steps(), run)
         except Unsupported as exc:
             # No duration: a refused call never went to the chip, and is no evidence of where calls go.
-            return answer | {"status": "unsupported", "capability": exc.capability, "reason": str(exc), "seconds": None}
+            recording.save(self.folder, Recording(case, "unsupported", str(exc), exc.capability))
+            return
         except Malformed as exc:
-            return answer | {"status": "malformed", "reason": str(exc)}
+            recording.save(self.folder, Recording(case, "malformed", str(exc), seconds=seen.seconds, reached=seen.reached))
+            return
         self._check_health()
-        shas = {"inputs_sha256": sha256_of(inputs), "outputs_sha256": sha256_of(outputs)}
-        return answer | shas | {"calls": len(outputs), "peak_memory": peak_memory(), "interpreted": triton.interpreting()}
+        done = Recording(
+            case,
+            "done",
+            seconds=seen.seconds,
+            reached=seen.reached,
+            interpreted=triton.interpreting(),
+            changed_inputs=tuple(seen.changed_inputs),
+            calls=len(outputs),
+            inputs_sha256=sha256_of(inputs),
+            outputs_sha256=outputs_sha256(outputs),
+            peak_memory=peak_memory(),
+        )
+        recording.save(self.folder, done, outputs)
 
-    def _call(self, call: Call, answer: dict[str, Any]) -> Outputs:
-        """Put the inputs on the device, call, check the inputs, get the outputs; `answer` adds up what was seen."""
+    def _call(self, call: Call, seen: Seen) -> Outputs:
+        """Put the inputs on the device, call, check the inputs, get the outputs; `seen` adds up what was seen."""
         put, get = self.backend.put, self.backend.get
 
         def put_copy(array: np.ndarray[Any, Any]) -> Any:
@@ -118,7 +130,7 @@ class Runner:
         on_device, batch = call.on(put_copy), call.make_batch(put_copy)
         arguments = {**on_device.arrays, **call.options, "batch": batch}
         wants_out = bool(arguments.pop("out", False))
-        results = request_of(call).results
+        results = call.request.results
         if wants_out:
             arguments["out"] = tuple(put(_nan_bytes(*result)) for result in results.values())
         self._leave_stale_buffers(results)
@@ -126,16 +138,16 @@ class Runner:
         before, started = self._witness(), time.perf_counter()
         returned = getattr(ops, call.operator)(**arguments)
         self.backend.synchronize()
-        answer["seconds"] += time.perf_counter() - started
+        seen.seconds += time.perf_counter() - started
         returned = returned if isinstance(returned, tuple) else (returned,)
         worked = self._witness() > before or not len(call.arrays["q"])
-        answer["reached"] &= worked and all(device_name(array) in self.backend.devices for array in returned)
+        seen.reached &= worked and all(device_name(array) in self.backend.devices for array in returned)
         if len(returned) != len(results):
             raise Malformed(f"{len(returned)} arrays for {', '.join(results)}")
         outputs = {name: np.array(get(array)) for name, array in zip(results, returned, strict=True)}
         if strange := [f"{array.dtype} for {name}" for name, array in outputs.items() if not arrays_file.can_hold(array)]:
             raise Malformed(", ".join(strange))
-        answer["changed_inputs"] += self._changed(call, on_device, batch)
+        seen.changed_inputs += self._changed(call, on_device, batch)
         return outputs
 
     def _witness(self) -> int:
@@ -164,10 +176,10 @@ class Runner:
 
 def main() -> None:
     """Serve cases until stdin closes."""
-    name, scratch = sys.argv[1], Path(sys.argv[2])
+    name, folder = sys.argv[1], Path(sys.argv[2])
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    sys.meta_path.insert(0, NoReference())
+    sys.meta_path.insert(0, NoAnswers())
 
     def answer(message: dict[str, Any]) -> None:
         answers.write(json.dumps(message) + "\n")
@@ -180,18 +192,20 @@ def main() -> None:
     except BackendError as exc:
         answer({"unavailable": str(exc), "kind": type(exc).__name__})
         return
-    answer({"device": {**vars(device), "versions": dict(device.versions)}, "resolved": resolved, "version": backend.version})
-    runner = Runner(backend, scratch)
+    found = {**vars(device), "versions": dict(device.versions)}
+    answer({"device": found, "resolved": resolved, "interpreted": triton.requested()})
+    worker = Worker(backend, folder)
     for line in sys.stdin:
+        case = json.loads(line)["case"]
         try:
             with np.errstate(all="ignore"):
-                reply = runner.run(json.loads(line)["case"])
+                worker.run(case)
         except MemoryError as exc:
-            reply = {"status": "error", "reason": f"out of memory: {exc}"}
+            recording.save(folder, Recording(case, "error", f"out of memory: {exc}"))
         except Exception as exc:
             print(traceback.format_exc(), file=sys.stderr)
-            reply = {"status": "error", "reason": f"{type(exc).__name__}: {exc}"}
-        answer(reply)
+            recording.save(folder, Recording(case, "error", f"{type(exc).__name__}: {exc}"))
+        answer({"case": case})
 
 
 if __name__ == "__main__":

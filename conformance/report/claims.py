@@ -7,7 +7,7 @@ from typing import Any
 
 from dsa_portable.capability import FEATURES, Capabilities, Feature
 from dsa_portable.conformance import lists
-from dsa_portable.conformance.cases.call import Call, request_of
+from dsa_portable.conformance.cases.call import Call
 from dsa_portable.conformance.cases.catalogue import Case
 from dsa_portable.conformance.cases.relation import PipelineCase, RelationCase
 from dsa_portable.conformance.report.schema import (
@@ -25,7 +25,7 @@ from dsa_portable.profile import ENVELOPES
 
 def features_of(case: Case, call: Call) -> dict[str, Any]:
     """Feature -> value, for what one call of the case uses."""
-    request = request_of(call)
+    request = call.request
     used = {f.name: f.value(request) for f in FEATURES[call.operator]}
     if call.operator == "sparse_attend" and getattr(case, "repeated", False):
         used["repeated_indices"] = True
@@ -60,18 +60,17 @@ def required(case: Case, used: Mapping[str, Any], capabilities: Capabilities) ->
 
 def claims(
     rows: Sequence[CaseResult],
-    used: Mapping[str, Mapping[str, Any]],
     capabilities: Capabilities,
     profiles: Iterable[ProfileEntry],
     evidence: Evidence,
     frozen: lists.FrozenList,
 ) -> list[Claim]:
-    """One claim for each declared format and phase that the list has cases of; `used` has the features of cases that ran."""
+    """One claim for each declared format and phase that the list has cases of."""
     result = []
     for profile in profiles:
         key = (profile.operator, profile.format, profile.phase)
         mine = [row for row in rows if (row.operator, row.format, row.phase) == key]
-        reason = _obstacle(mine, used, capabilities, profile, evidence, frozen)
+        reason = _obstacle(mine, capabilities, profile, evidence, frozen)
         level = None if reason else f"{frozen.name} {profile.envelope}"
         result.append(
             Claim(
@@ -96,7 +95,6 @@ def level(earned: Sequence[Claim], rows: Sequence[CaseResult], frozen: lists.Fro
 
 def _obstacle(
     rows: Sequence[CaseResult],
-    used: Mapping[str, Mapping[str, Any]],
     capabilities: Capabilities,
     profile: ProfileEntry,
     evidence: Evidence,
@@ -115,7 +113,7 @@ def _obstacle(
     if frozen.level == "deterministic" and not (profile.profile["deterministic"] and profile.profile["ties"] == "lowest"):
         return "the declared profile is not deterministic with ties to the lowest"
     declared = capabilities.get(profile.operator, {})
-    passed = [used[row.id] for row in rows if row.status is Status.PASS]
+    passed = [row.features for row in rows if row.status is Status.PASS]
     needed = [feature for feature in FEATURES[profile.operator] if feature.required]
     # What is missing comes first: it is why the cases of other features did not pass either.
     for feature in needed:
@@ -123,7 +121,7 @@ def _obstacle(
             return f"required feature '{feature.name}' is not declared"
     for feature in needed:
         covered = [features for features in passed if features.get(feature.name) in feature.required]
-        if not covered and any(feature.name in used[r.id] for r in rows if r.id in used):
+        if not covered and any(feature.name in row.features for row in rows):
             return f"no case of required feature '{feature.name}' passed"
     if lacking := [row.id for row in rows if row.claim_required and row.status is Status.UNSUPPORTED]:
         return f"required case {lacking[0]} is not supported"

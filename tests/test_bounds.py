@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsa_portable.conformance import criteria, oracle
 from dsa_portable.conformance.cases.attend import AttendCase
 from dsa_portable.conformance.cases.catalogue import CASES
 from dsa_portable.conformance.faults.implementation import LightningIndex, SparseAttend
-from dsa_portable.conformance.judge import judge
-from dsa_portable.conformance.verdict import Verdict
+from dsa_portable.conformance.judging import bounds, oracle
+from dsa_portable.conformance.judging.judge import judge_call
+from dsa_portable.conformance.judging.rules import Verdict
 from dsa_portable.profile import Accumulator, Profile
 
 SMALL = replace(CASES["attend-bf16-prefill-lse"], id="small", requests=((2, 90), (1, 5)), heads=4, topk=64)
@@ -43,7 +43,7 @@ def brute_margin(scores: np.ndarray, bound: np.ndarray, chosen: list[int]) -> fl
 def test_margin_is_the_worst_pair(drawn: tuple[list[int], list[int], int], random: object) -> None:
     scores, bound, k = np.array(drawn[0], float), np.array(drawn[1], float) / 4, drawn[2]
     chosen = sorted(random.sample(range(len(scores)), k))  # type: ignore[attr-defined]
-    found, expected = criteria.margin(scores, bound, np.array(chosen)), brute_margin(scores, bound, chosen)
+    found, expected = bounds.margin(scores, bound, np.array(chosen)), brute_margin(scores, bound, chosen)
     assert found is not None
     # Where v <= 0 only its sign matters: the certificate holds with room to spare.
     assert found == pytest.approx(expected) if expected > 0 else found <= 0
@@ -55,7 +55,7 @@ def test_the_certificate_is_sound(drawn: tuple[list[int], list[int], int], noise
     scores, bound, k = np.array(drawn[0], float), np.array(drawn[1], float) / 4, drawn[2]
     computed = scores + bound * np.array(noise[: len(scores)])
     chosen = np.argsort(-computed, kind="stable")[:k]
-    found = criteria.margin(scores, bound, chosen)
+    found = bounds.margin(scores, bound, chosen)
     assert found is not None
     assert found <= 1 + 1e-12
 
@@ -65,7 +65,7 @@ def test_the_certificate_is_complete(drawn: tuple[list[int], list[int], int], ra
     """A set that passes is a top-k of some scores within eps, so no rule on the set alone could be stricter."""
     scores, bound, k = np.array(drawn[0], float), np.array(drawn[1], float) / 4, drawn[2]
     chosen = np.array(sorted(random.sample(range(len(scores)), k)))  # type: ignore[attr-defined]
-    found = criteria.margin(scores, bound, chosen)
+    found = bounds.margin(scores, bound, chosen)
     assert found is not None
     if found > 1:
         return
@@ -81,7 +81,7 @@ def test_a_rule_of_one_eps_around_the_kth_score_would_reject_honest_kernels() ->
     computed = scores + bound * np.array([-1, 0.9, 1])
     chosen = np.argsort(-computed)[:2]
     assert 0 not in chosen or 2 in chosen
-    found = criteria.margin(scores, bound, chosen)
+    found = bounds.margin(scores, bound, chosen)
     assert found is not None
     assert found <= 1
     assert scores[2] < 1.0 - 0.9
@@ -96,14 +96,14 @@ def test_a_rule_of_one_eps_around_the_kth_score_would_reject_honest_kernels() ->
 def test_the_score_bound_holds_for_honest_kernels(keys: int, accumulator: Accumulator, seed: int) -> None:
     case = replace(CASES["index-bf16-f32-prefill-scores"], id=f"bound{seed}", requests=((3, keys),), heads=4, topk=16)
     profile = Profile(accumulator=accumulator, ties="lowest")
-    found = judge(case, case.build(), LightningIndex(profile).run(case.build()), profile)
+    found = judge_call(case, case.build(), LightningIndex(profile).run(case.build()), profile)
     assert found.metrics["score_error_over_bound"] <= 1  # type: ignore[operator]
 
 
 def _attend(case: AttendCase, profile: Profile, kernel: type[SparseAttend] = SparseAttend) -> Verdict:
     call = case.build()
     with np.errstate(all="ignore"):
-        return judge(case, call, kernel(profile).run(call), profile)
+        return judge_call(case, call, kernel(profile).run(call), profile)
 
 
 @settings(max_examples=40, deadline=None)
@@ -179,10 +179,10 @@ def test_being_better_than_declared_is_no_bias(logits: str, factor: float) -> No
     call = case.build()
     outputs = SparseAttend(Profile()).run(call)
     outputs = {**outputs, "out": (outputs["out"].astype(np.float32) * np.float32(factor)).astype(outputs["out"].dtype)}
-    found = judge(case, call, outputs, TRUNCATING)
+    found = judge_call(case, call, outputs, TRUNCATING)
     lean = found.metrics["slope_emulated"]
     assert isinstance(lean, float)
-    assert (lean < -3 * criteria.SLOPE) == (logits == "peaked")
+    assert (lean < -3 * bounds.SLOPE) == (logits == "peaked")
     # 0.3% towards 0 costs less than the declared truncation, where that leans by more; the flat case tells it apart.
     honest = factor == 1 or (factor < 1 and logits == "peaked")
     assert (found.status, found.rule) == (("PASS", None) if honest else ("FAIL", "bias"))
@@ -198,9 +198,9 @@ def test_truncating_in_another_order_is_no_bias() -> None:
 def test_bias_is_what_lies_beyond_the_emulator_s_lean(emulated: float) -> None:
     for slope in np.linspace(-0.01, 0.01, 41):
         outside = max(min(0.0, emulated) - slope, slope - max(0.0, emulated), 0.0)
-        assert criteria.slope_excess(slope, emulated) == pytest.approx(outside, abs=1e-15)
-    assert np.isnan([criteria.slope_excess(np.nan, emulated), criteria.slope_excess(emulated, np.nan)]).all()
-    assert criteria.slope_excess(np.inf, emulated) == np.inf
+        assert bounds.slope_excess(slope, emulated) == pytest.approx(outside, abs=1e-15)
+    assert np.isnan([bounds.slope_excess(np.nan, emulated), bounds.slope_excess(emulated, np.nan)]).all()
+    assert bounds.slope_excess(np.inf, emulated) == np.inf
 
 
 def keys_share(sink: np.ndarray | None, lse: np.ndarray) -> np.ndarray:
@@ -251,7 +251,7 @@ def test_float32_may_add_one_product_after_the_other() -> None:
     """Well inside what is allowed: an H100 reached 3.07 here while the walk had no drift, and this kernel 2.9."""
     case = CASES["attend-f32-prefill-rerun"]
     call = next(case.steps())
-    found = judge(case, call, OneByOne(Profile()).run(call), Profile())
+    found = judge_call(case, call, OneByOne(Profile()).run(call), Profile())
     assert found.status == "PASS", found.reason
     assert found.metrics["rms_ratio"] < 2
 
@@ -282,14 +282,14 @@ class Structure(LightningIndex):
 def test_a_malformed_row_is_named(spoil: object, words: str) -> None:
     case = CASES["index-e4m3-f32-f32-decode-lengths"]
     kernel = type("Spoilt", (Structure,), {"spoil": staticmethod(spoil)})
-    found = judge(case, case.build(), kernel(Profile()).run(case.build()), Profile())
+    found = judge_call(case, case.build(), kernel(Profile()).run(case.build()), Profile())
     assert found.status == "FAIL"
     assert words in found.reason
 
 
 def test_rows_that_prove_nothing_are_counted_apart() -> None:
     case = CASES["index-e4m3-f32-f32-decode-lengths"]
-    found = judge(case, case.build(), LightningIndex(Profile()).run(case.build()), Profile())
+    found = judge_call(case, case.build(), LightningIndex(Profile()).run(case.build()), Profile())
     assert (found.selective_rows, found.vacuous_rows) == (3, 4)
 
 
@@ -297,7 +297,7 @@ def test_intermediates_beyond_the_declared_range_are_unsupported() -> None:
     case = CASES["index-e4m3-f32-f32-decode-scores"]
     profile = Profile(intermediate="float16", finite_max=65504.0)
     with np.errstate(all="ignore"):
-        found = judge(case, case.build(), LightningIndex(profile).run(case.build()), profile)
+        found = judge_call(case, case.build(), LightningIndex(profile).run(case.build()), profile)
     assert found.status == "UNSUPPORTED"
 
 

@@ -119,7 +119,7 @@ class RowBound:
 
 
 @dataclass(frozen=True)
-class Row:
+class Operands:
     """One row's operands and truth in float64: q [Hq, D], kv [n >= 1, D], p [Hq, n] as they enter the output, out, lse."""
 
     q: Float64
@@ -137,7 +137,7 @@ class Row:
         return self.kv[:, : self.value_dim]
 
 
-def attention_bound(profile: Profile, row: Row, dtype: str) -> RowBound:
+def attention_bound(profile: Profile, row: Operands, dtype: str) -> RowBound:
     """Bound (B) and lse bound (L) of one row."""
     q, kv, p, out, lse, v = row.q, row.kv, row.p, row.out, row.lse, row.values
     count, dim = kv.shape
@@ -170,7 +170,7 @@ def _rounding(dtype: str) -> float:
     return UNIT_ROUNDOFF[dtype] if dtype != "float32" else 0.0
 
 
-def _logit_walk(profile: Profile, row: Row) -> Float64:
+def _logit_walk(profile: Profile, row: Operands) -> Float64:
     """[Hq, n], tau^2 of judging 4.2: what rounding leaves in a logit if it is a random walk, squared.
 
     A step rounds the running sum, which wanders by the products and drifts to the dot product.
@@ -180,7 +180,7 @@ def _logit_walk(profile: Profile, row: Row) -> Float64:
     return np.asarray(unit * unit * row.kv.shape[1] * row.softmax_scale**2 * steps)
 
 
-def error_floor(profile: Profile, row: Row, dtype: str) -> Float64:
+def error_floor(profile: Profile, row: Operands, dtype: str) -> Float64:
     """[Hq], judging 4.2: the error per head below which no backend is accused, however lucky the emulator was.
 
     Half an output rounding or eight additions of the whole; what random roundings of the logits leave,
@@ -199,7 +199,7 @@ def error_floor(profile: Profile, row: Row, dtype: str) -> Float64:
     return np.asarray(np.maximum.reduce([whole, logits, probabilities, np.full(len(out), tiny)]))
 
 
-def lse_floor(profile: Profile, row: Row) -> Float64:
+def lse_floor(profile: Profile, row: Operands) -> Float64:
     """[Hq], judging 4.4: the error that random roundings leave in lse, which no lucky emulator may undercut.
 
     sqrt(sum_j p_j^2 (tau_j^2 + that of kv + that of p_j, if the normaliser sums it rounded)), exp's error, and two roundings.

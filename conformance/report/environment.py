@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import resource
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -40,17 +39,6 @@ def fingerprint() -> Environment:
     )
 
 
-def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    try:
-        # Linux hands ru_maxrss on from the parent to what it starts; this figure begins with the process.
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        unit = 1 if platform.system() == "Darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def _version(package: str) -> str | None:
     try:
         return version(package)
@@ -76,8 +64,8 @@ def _container() -> str:
 
 def _commit() -> tuple[str, bool | None]:
     """Of the checkout this file lies in, or the one that its wheel was built from (setup.py)."""
-    folder = Path(__file__).resolve().parent.parent
-    built_from = Path(__file__).with_name("commit.json")
+    folder = Path(__file__).resolve().parents[2]
+    built_from = Path(__file__).parents[1] / "commit.json"
     if built_from.exists():
         carried = json.loads(built_from.read_text(encoding="utf-8"))
         return carried["commit"], carried["dirty"]

@@ -7,10 +7,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from dsa_portable.conformance import criteria, emulator, oracle
 from dsa_portable.conformance.cases.call import Call, Outputs
 from dsa_portable.conformance.cases.catalogue import Case
-from dsa_portable.conformance.verdict import Verdict
+from dsa_portable.conformance.judging import bounds, emulator, oracle
+from dsa_portable.conformance.judging.rules import Verdict
 from dsa_portable.profile import UNIT_ROUNDOFF, Profile
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -18,12 +18,12 @@ Float64: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
-class Row:
+class AttendFacts:
     """One row's truth [Hq, value_dim] and lse [Hq], their bounds, what the emulator returns, and the floors of R and L."""
 
     out: Float64
     lse: Float64
-    bound: criteria.RowBound
+    bound: bounds.RowBound
     emulated_out: Float64
     emulated_lse: Float64
     error_floor: Float64
@@ -37,32 +37,32 @@ class AttendReference:
         self.call, self.profile, self.exact = call, profile, case.exact
         self.dtype = call.arrays["q"].dtype.name
         self.owners = {row: request for row, request, _, _ in oracle.rows(call)}
-        self._rows: dict[int, Row | None] = {}
+        self._rows: dict[int, AttendFacts | None] = {}
 
-    def row(self, row: int) -> Row | None:
+    def row(self, row: int) -> AttendFacts | None:
         """None where no valid index stands."""
         if row not in self._rows:
             kv = oracle.attention_row(self.call, row, self.owners[row])[0] if row in self.owners else np.empty((0, 0))
             self._rows[row] = self._row(row, kv) if len(kv) else None
         return self._rows[row]
 
-    def _row(self, row: int, kv: Float64) -> Row:
+    def _row(self, row: int, kv: Float64) -> AttendFacts:
         options, sink, profile = self.call.options, self.call.arrays.get("attn_sink"), self.profile
         stored = self.call.arrays["q"][row]
         q, scale, width = stored.astype(np.float64), options["softmax_scale"], options["value_dim"]
         out, lse, p = oracle.attention(q, kv, scale, width, sink)
         changed = (emulator.rounded(kv, profile.kv_compute) != kv).any()
         unit = UNIT_ROUNDOFF[profile.kv_compute] if changed and profile.kv_compute != "float32" else 0.0
-        facts = criteria.Row(q, kv, scale, width, p, out, lse, unit)
+        facts = bounds.Operands(q, kv, scale, width, p, out, lse, unit)
         own, own_lse = emulator.attention(stored, kv, scale, width, sink, profile)
-        return Row(
+        return AttendFacts(
             out,
             lse,
-            criteria.attention_bound(profile, facts, self.dtype),
+            bounds.attention_bound(profile, facts, self.dtype),
             own.astype(np.float64),
             own_lse.astype(np.float64),
-            criteria.error_floor(profile, facts, self.dtype),
-            criteria.lse_floor(profile, facts),
+            bounds.error_floor(profile, facts, self.dtype),
+            bounds.lse_floor(profile, facts),
         )
 
 
@@ -86,10 +86,10 @@ class AttendJudge:
             # Rows weigh alike: by energy, a few rows of few keys would outweigh all the long ones.
             bias, own = (float(np.mean(side)) for side in zip(*self.slopes, strict=True))
             self.verdict.metrics |= {"slope": bias, "slope_emulated": own}
-            if not criteria.slope_excess(bias, own) < criteria.SLOPE:
+            if not bounds.slope_excess(bias, own) < bounds.SLOPE:
                 self.verdict.fail(
                     "bias",
-                    f"bias slope is {bias:.3g}, allowed {criteria.SLOPE} beyond the span from 0 to the emulator's {own:.3g}",
+                    f"bias slope is {bias:.3g}, allowed {bounds.SLOPE} beyond the span from 0 to the emulator's {own:.3g}",
                 )
 
     def _empty(self, row: int, kind: str) -> None:
@@ -98,7 +98,7 @@ class AttendJudge:
         if self.lse is not None and not (self.lse[row] == -np.inf).all():
             self.verdict.fail("empty row", f"row {row} ({kind}): lse is {self.lse[row][0]}, expected -inf")
 
-    def _row(self, row: int, facts: Row) -> None:
+    def _row(self, row: int, facts: AttendFacts) -> None:
         got = self.out[row].astype(np.float64)
         self._relative_error(got, facts)
         if self.reference.exact:
@@ -109,13 +109,13 @@ class AttendJudge:
         if self.lse is not None:
             self._lse(row, self.lse[row].astype(np.float64), facts)
 
-    def _relative_error(self, got: Array, facts: Row) -> None:
+    def _relative_error(self, got: Array, facts: AttendFacts) -> None:
         """The largest error of a head against its size: no yardstick but the truth, so it can be compared between profiles."""
         error, size = (np.linalg.norm(x, axis=1) for x in (got - facts.out, facts.out))
         ratio = np.divide(error, size, out=np.where(error > 0, np.inf, 0.0), where=size > 0)
         self.verdict.worst("relative_error", np.nan_to_num(ratio, nan=np.inf).max())
 
-    def _exact(self, row: int, facts: Row) -> None:
+    def _exact(self, row: int, facts: AttendFacts) -> None:
         expected = facts.out.astype(self.out.dtype)
         if not np.array_equal(self.out[row], expected):
             head, column = np.argwhere(~(self.out[row] == expected))[0]
@@ -127,7 +127,7 @@ class AttendJudge:
                 true_out=facts.out,
             )
 
-    def _bound(self, row: int, got: Array, facts: Row) -> None:
+    def _bound(self, row: int, got: Array, facts: AttendFacts) -> None:
         truth, allowed = facts.out, facts.bound.out
         error = abs(got - truth)
         ratio = np.nan_to_num(error / allowed, nan=np.inf)
@@ -143,28 +143,28 @@ class AttendJudge:
                 bound=allowed,
             )
 
-    def _ratio(self, row: int, got: Array, facts: Row) -> None:
+    def _ratio(self, row: int, got: Array, facts: AttendFacts) -> None:
         truth, own = facts.out, facts.emulated_out
         size, error, yardstick = (np.linalg.norm(x, axis=1) for x in (truth, got - truth, own - truth))
         allowed = np.maximum(yardstick, facts.error_floor)
         ratio = np.divide(error, allowed, out=np.where(error > 0, np.inf, 0.0), where=allowed > 0)
         ratio = np.nan_to_num(ratio, nan=np.inf)
         self.verdict.worst("rms_ratio", ratio.max())
-        if not (ratio <= criteria.KAPPA).all():
+        if not (ratio <= bounds.KAPPA).all():
             head = int(np.argmax(ratio))
             self.verdict.fail(
                 "rms",
-                f"row {row}, head {head}: RMS error is {ratio[head]:.3g} times the emulator's, allowed {criteria.KAPPA:g} "
+                f"row {row}, head {head}: RMS error is {ratio[head]:.3g} times the emulator's, allowed {bounds.KAPPA:g} "
                 f"(relative error {error[head] / size[head] if size[head] else np.inf:.3g})",
                 row=row,
                 true_out=truth,
                 emulated_out=own,
-                allowed_norm=criteria.KAPPA * allowed,
+                allowed_norm=bounds.KAPPA * allowed,
             )
         if energy := float((truth * truth).sum()):
             self.slopes.append((float(((got - truth) * truth).sum()) / energy, float(((own - truth) * truth).sum()) / energy))
 
-    def _lse(self, row: int, got: Array, facts: Row) -> None:
+    def _lse(self, row: int, got: Array, facts: AttendFacts) -> None:
         truth, allowed = facts.lse, facts.bound.lse
         error = np.nan_to_num(abs(got - truth), nan=np.inf)
         self.verdict.worst("lse_error", error.max())
@@ -182,11 +182,11 @@ class AttendJudge:
         own, floor = np.linalg.norm(facts.emulated_lse - truth), np.linalg.norm(facts.lse_floor)
         ratio = float(np.linalg.norm(error) / max(own, floor))
         self.verdict.worst("lse_rms_ratio", ratio)
-        if not ratio <= criteria.KAPPA:
+        if not ratio <= bounds.KAPPA:
             self.verdict.fail(
                 "lse rms",
                 f"row {row}: the RMS error of lse over its heads is {ratio:.3g} times an honest kernel's, allowed "
-                f"{criteria.KAPPA:g}",
+                f"{bounds.KAPPA:g}",
                 row=row,
                 true_lse=truth,
                 emulated_lse=facts.emulated_lse,

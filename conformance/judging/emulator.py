@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from dsa_portable.arrays import NUMPY_DTYPES
-from dsa_portable.conformance import oracle
 from dsa_portable.conformance.cases.call import Call
+from dsa_portable.conformance.judging import oracle
 from dsa_portable.profile import Accumulator, Profile
 
 Array: TypeAlias = np.ndarray[Any, Any]

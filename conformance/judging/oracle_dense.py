@@ -15,7 +15,7 @@ from dsa_portable.formats import LAYOUTS, unpack
 Array: TypeAlias = np.ndarray[Any, Any]
 
 
-def _owner_of_places(call: Call, count: int) -> Array:
+def _owner_of_slots(call: Call, count: int) -> Array:
     """position[r, place]: which position of request r lies there, or -1; every place of the memory is looked at."""
     lengths = call.batch["seqlens_k"]
     position = np.full((len(lengths), count), -1)
@@ -69,7 +69,7 @@ def index_scores(call: Call) -> Array:
             scores += weights[:, head, None] * np.where(dots > 0, dots, 0 * dots)
         scores *= scales
     result = np.full((len(q), max(1, int(call.batch["seqlens_k"].max()))), -np.inf)
-    position, request = _owner_of_places(call, len(keys)), _request_of_row(call, len(q))
+    position, request = _owner_of_slots(call, len(keys)), _request_of_row(call, len(q))
     for row, r in enumerate(request):
         if r >= 0:
             seen = _sees(call, row, r, position[r])
@@ -88,7 +88,7 @@ def attention(call: Call) -> tuple[Array, Array]:
     keys = np.asarray(kv, np.float64).reshape(-1, kv.shape[-1])
     q, indices = np.asarray(call.arrays["q"], np.float64), call.arrays["indices"]
     value_dim = call.options["value_dim"]
-    position, request = _owner_of_places(call, len(keys)), _request_of_row(call, len(q))
+    position, request = _owner_of_slots(call, len(keys)), _request_of_row(call, len(q))
     out, lse = np.zeros((len(q), q.shape[1], value_dim)), np.full(q.shape[:2], -np.inf)
     sink = call.arrays.get("attn_sink", np.full(q.shape[1], -np.inf)).astype(np.float64)
     for row, r in enumerate(request):

@@ -35,7 +35,7 @@ def rows(call: Call) -> Iterator[tuple[int, int, int, int]]:
             yield row, request, start, max(start, end)
 
 
-def places(call: Call, request: int, positions: Int64) -> Int64:
+def slots(call: Call, request: int, positions: Int64) -> Int64:
     """Rows of the keys' memory, pages flattened, that hold these positions of a request."""
     if "block_table" not in call.batch:
         return positions + int(call.batch["cu_seqlens_k"][request])
@@ -51,7 +51,7 @@ def head_sum(q: Float64, k: Float64, weights: Float64) -> Float64:
 
 def index_keys(call: Call, request: int, positions: Int64) -> tuple[Float64, Float64]:
     """(keys [n, D], scales [n]) of these positions, exactly."""
-    where, name = places(call, request, positions), call.options["k_layout"]
+    where, name = slots(call, request, positions), call.options["k_layout"]
     k, scale = call.arrays["k"], call.arrays.get("k_scale")
     if name is not None:
         k, scale, _ = unpack(name, k)
@@ -78,7 +78,7 @@ def attention_row(call: Call, row: int, request: int) -> tuple[Float64, Int64]:
     if "topk_length" in call.arrays:
         entries = entries[: max(0, int(call.arrays["topk_length"][row]))]
     positions = entries[(entries >= 0) & (entries < int(call.batch["seqlens_k"][request]))]
-    where, name, kv = places(call, request, positions), call.options["kv_layout"], call.arrays["kv"]
+    where, name, kv = slots(call, request, positions), call.options["kv_layout"], call.arrays["kv"]
     if name is None:
         return kv.reshape(-1, kv.shape[-1])[where].astype(np.float64), positions
     parts = (np.asarray(part) for part in unpack(name, kv))

@@ -8,10 +8,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from dsa_portable.conformance import criteria, emulator, oracle
 from dsa_portable.conformance.cases.call import Call, Outputs
 from dsa_portable.conformance.cases.catalogue import Case
-from dsa_portable.conformance.verdict import Verdict
+from dsa_portable.conformance.judging import bounds, emulator, oracle
+from dsa_portable.conformance.judging.rules import Verdict
 from dsa_portable.profile import Profile
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -19,7 +19,7 @@ Float64: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
-class Row:
+class IndexFacts:
     """One row's visible positions, start on: true scores, their bounds (judging 3.1), and what the emulator makes of them."""
 
     start: int
@@ -47,7 +47,7 @@ class IndexReference:
         """Rows that see more than topk keys."""
         return sum(end - start > self.topk for start, end in self.spans.values())
 
-    def _rows(self) -> Iterator[tuple[int, Row]]:
+    def _rows(self) -> Iterator[tuple[int, IndexFacts]]:
         emulated = emulator.index_scores(self.call, self.profile)
         kinds = (oracle.index_scores(self.call, f) for f in (_as_is, _weights_only, _all_magnitudes))
         for (block, low, scores), (_, _, weighted), (_, _, magnitude) in zip(*kinds, strict=True):
@@ -62,10 +62,10 @@ class IndexReference:
                 else:
                     self.spoilt += 1
 
-    def _row(self, row: int, scores: Float64, weighted: Float64, magnitude: Float64, emulated: Array) -> Row:
+    def _row(self, row: int, scores: Float64, weighted: Float64, magnitude: Float64, emulated: Array) -> IndexFacts:
         _, heads, dim = self.call.arrays["q"].shape
         start = self.spans[row][0]
-        bound = criteria.score_bound(
+        bound = bounds.score_bound(
             self.profile,
             scores,
             weighted,
@@ -81,7 +81,7 @@ class IndexReference:
         if len(scores) > self.topk:
             best = np.argsort(-scores, kind="stable")[: self.topk]
             exchanged = exchanged_keys(scores, best, np.argsort(-own, kind="stable")[: self.topk])
-        return Row(start, scores.copy(), bound, own, best, exchanged)
+        return IndexFacts(start, scores.copy(), bound, own, best, exchanged)
 
     def _flushed(self, row: int, start: int, count: int) -> Float64 | float:
         if self.profile.subnormals == "kept":
@@ -160,7 +160,7 @@ class IndexJudge:
             return True
         return False
 
-    def _row(self, row: int, facts: Row) -> None:
+    def _row(self, row: int, facts: IndexFacts) -> None:
         topk = self.reference.topk
         chosen = self.indices[row, : min(topk, len(facts.scores))].astype(np.int64) - facts.start
         if len(facts.scores) > topk:
@@ -168,9 +168,9 @@ class IndexJudge:
         if self.scores is not None:
             self._returned(row, facts, chosen)
 
-    def _certificate(self, row: int, facts: Row, chosen: Array) -> None:
+    def _certificate(self, row: int, facts: IndexFacts, chosen: Array) -> None:
         scores, topk = facts.scores, self.reference.topk
-        v = criteria.margin(scores, facts.bound, chosen)
+        v = bounds.margin(scores, facts.bound, chosen)
         assert v is not None
         self.verdict.worst("v", v)
         exchanged = exchanged_keys(scores, facts.best, chosen)
@@ -194,7 +194,7 @@ class IndexJudge:
             )
         self._tie_rule(row, facts, chosen)
 
-    def _tie_rule(self, row: int, facts: Row, chosen: Array) -> None:
+    def _tie_rule(self, row: int, facts: IndexFacts, chosen: Array) -> None:
         """Where every legal rounding ties the same keys, a declared `lowest` names the one right set."""
         profile = self.reference.profile
         unrounded = profile.logit in ("float32", "float64") or not facts.scores.any()
@@ -211,7 +211,7 @@ class IndexJudge:
                 true_scores=facts.scores,
             )
 
-    def _returned(self, row: int, facts: Row, chosen: Array) -> None:
+    def _returned(self, row: int, facts: IndexFacts, chosen: Array) -> None:
         assert self.scores is not None
         scores = facts.scores[chosen]
         got = self.scores[row, : len(chosen)].astype(np.float64)
@@ -239,7 +239,7 @@ class IndexJudge:
     def _population(self) -> None:
         metrics, verdict = self.verdict.metrics, self.verdict
         if verdict.selective_rows:
-            limit = criteria.exchanged_limit(self.exchanged_emulated)
+            limit = bounds.exchanged_limit(self.exchanged_emulated)
             metrics |= {"exchanged": self.exchanged, "exchanged_emulated": self.exchanged_emulated}
             metrics["exchanged_limit"] = limit
             if self.exchanged > limit:
@@ -252,7 +252,7 @@ class IndexJudge:
             error, own, typical = (
                 (total / self.compared) ** 0.5 for total in (self.square_error, self.square_error_emulated, self.square_score)
             )
-            allowed = criteria.score_error_limit(own, self.reference.profile, typical)
+            allowed = bounds.score_error_limit(own, self.reference.profile, typical)
             metrics |= {"score_rms": typical, "score_rms_error": error, "score_rms_emulated": own, "score_rms_limit": allowed}
             if not error <= allowed:
                 verdict.fail(

@@ -1,0 +1,89 @@
+"""A backend behind its process: asked case by case, it leaves a recording of each, whatever becomes of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dsa_portable import registry
+from dsa_portable.conformance.execute import recording
+from dsa_portable.conformance.execute.process import Process, ProcessLost
+from dsa_portable.conformance.execute.recording import Recording
+from dsa_portable.errors import BackendError, DeviceUnavailable
+
+START_SECONDS, CASE_SECONDS = 180.0, 120.0
+# glibc then hands freed buffers out again instead of fresh zeroed pages, which would hide what was never written.
+REUSE = {"MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 28)}
+
+
+class Chip:
+    """Started at once; `hello` says what was found. Raises BackendError where the backend cannot be started."""
+
+    def __init__(self, backend: str, folder: Path, *, scale: float, log: Path) -> None:
+        self.backend, self.folder, self.scale, self.log = backend, folder, scale, log
+        self.replaced, self.peak_memory = 0, 0
+        self.process: Process | None = None
+        self.closed = False
+        self.hello = self._start()
+
+    def _start(self) -> Mapping[str, Any]:
+        self.process = Process(
+            "the backend's process",
+            "dsa_portable.conformance.execute.worker",
+            self.backend,
+            str(self.folder),
+            log=self.log,
+            environment={**REUSE, **os.environ, registry.VARIABLE: self.backend},
+        )
+        try:
+            hello = self.process.answer(START_SECONDS * self.scale)
+        except ProcessLost as exc:
+            self.kill()
+            raise DeviceUnavailable(f"backend {self.backend!r} could not be started: {exc}.") from exc
+        except BaseException:  # Ctrl-C too: the process is in a session of its own, where no terminal reaches it
+            self.kill()
+            raise
+        if "unavailable" in hello:
+            self.kill()
+            kinds = {kind.__name__: kind for kind in BackendError.__subclasses__()}
+            raise kinds.get(hello["kind"], BackendError)(hello["unavailable"])
+        return hello
+
+    def record(self, case: str) -> Recording:
+        """The case's recording, which lies in the folder too.
+
+        Raises BackendError where a lost process cannot be replaced, ProcessLost where `close` ended it.
+        """
+        if self.closed:
+            raise ProcessLost("it was closed")
+        if self.process is None:
+            self._start()
+            self.replaced += 1
+        assert self.process is not None
+        self.process.ask({"case": case})
+        try:
+            self.process.answer(CASE_SECONDS * self.scale)
+            found = recording.load(self.folder, case)
+            assert found is not None
+        except ProcessLost as exc:
+            if self.closed:
+                raise
+            found = Recording(case, "error", str(exc), folder=self.folder)
+            recording.save(self.folder, found)
+        self.peak_memory = max(self.peak_memory, found.peak_memory)
+        if found.status == "error":
+            self.kill()
+        return found
+
+    def kill(self) -> None:
+        """End the process; the next case gets a fresh one."""
+        if self.process is not None:
+            self.process.kill()
+            self.process = None
+
+    def close(self) -> None:
+        """End the process for good; a case that it is at leaves no recording."""
+        self.closed = True
+        self.kill()

@@ -1,0 +1,153 @@
+"""From a recording to a row of the report. Whoever holds recordings and their subject can judge; no backend is needed.
+
+A case fails with the first rule it breaks, and the reason says where: row and head, what was expected, got and allowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from dsa_portable.conformance import lists
+from dsa_portable.conformance.cases.call import Call, Outputs, drive, sha256_of
+from dsa_portable.conformance.cases.catalogue import Case
+from dsa_portable.conformance.execute.recording import Recording, Subject
+from dsa_portable.conformance.judging.lightning_index import IndexJudge, IndexReference
+from dsa_portable.conformance.judging.rules import Verdict
+from dsa_portable.conformance.judging.sparse_attend import AttendJudge, AttendReference
+from dsa_portable.conformance.report import claims
+from dsa_portable.conformance.report.rows import row_of
+from dsa_portable.conformance.report.schema import CaseResult
+from dsa_portable.profile import Profile
+
+Reference: TypeAlias = IndexReference | AttendReference
+
+
+def reference_of(case: Case, call: Call, profile: Profile) -> Reference:
+    """What this call's outputs are judged against; worth keeping where many outputs of one call are judged."""
+    return (IndexReference if call.operator == "lightning_index" else AttendReference)(case, call, profile)
+
+
+def judge_calls(
+    case: Case,
+    calls: Sequence[Call],
+    outputs: Sequence[Outputs],
+    profile_of: Callable[[Call], Profile],
+    references: Sequence[Reference] = (),
+) -> Verdict:
+    """Judge every call of a case by itself and by its own profile, then whether the calls agree."""
+    verdict = Verdict()
+    for i, (call, found) in enumerate(zip(calls, outputs, strict=True)):
+        if any(call is earlier for earlier in calls[:i]):
+            continue  # A rerun: judged once, and compared below.
+        single = judge_call(case, call, found, profile_of(call), references[i] if references else None)
+        verdict.metrics = single.metrics | verdict.metrics
+        for rows in ("selective_rows", "vacuous_rows"):
+            if getattr(single, rows) is not None:
+                setattr(verdict, rows, (getattr(verdict, rows) or 0) + getattr(single, rows))
+        if single.status != "PASS" and verdict.status == "PASS":
+            where = f"call {i} of {len(calls)}: " if len(calls) > 1 else ""
+            verdict.status, verdict.rule, verdict.arrays = single.status, single.rule, single.arrays
+            verdict.reason = where + single.reason
+    if verdict.status == "PASS" and (reason := case.disagreement(calls, outputs)):
+        verdict.fail("agreement", reason)
+    return verdict
+
+
+def judge_call(case: Case, call: Call, outputs: Outputs, profile: Profile, reference: Reference | None = None) -> Verdict:
+    """Judge one call's outputs (`indices`, `scores`, `out`, `lse`: those the call returns)."""
+    verdict = Verdict()
+    if not _shapes(call, outputs, verdict):
+        return verdict
+    reference = reference or reference_of(case, call, profile)
+    if isinstance(reference, IndexReference):
+        IndexJudge(reference, outputs, verdict).run()
+    else:
+        AttendJudge(reference, outputs, verdict).run()
+    return verdict
+
+
+def _shapes(call: Call, outputs: Outputs, verdict: Verdict) -> bool:
+    for name, (dtype, shape) in call.request.results.items():
+        if name not in outputs or outputs[name].dtype.name != dtype or outputs[name].shape != shape:
+            got = f"{outputs[name].dtype} {list(outputs[name].shape)}" if name in outputs else "nothing"
+            verdict.fail("result", f"{name} is {got}, expected {dtype} {list(shape)}")
+            return False
+    return True
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A case's row and, of a failure, the arrays that tell why: inputs, outputs, truth and bound of the row."""
+
+    row: CaseResult
+    arrays: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+
+
+def judge(case: Case, recording: Recording, subject: Subject) -> CaseResult:
+    """The case's row. Raises ListError where the case no longer makes the inputs that its list was frozen with."""
+    return examine(case, recording, subject).row
+
+
+def examine(case: Case, recording: Recording, subject: Subject) -> Judgement:
+    """`judge`, and what is worth keeping of a failure."""
+    outputs = recording.outputs
+    recorded = iter(outputs)
+    # The same calls as the backend's process made: where one takes an earlier one's results, they are the recorded ones.
+    calls = drive(case.steps(), lambda call: next(recorded, None))
+    frozen = lists.load(subject.list_name)
+    if sha256_of([call.sha256() for call in calls]) != frozen.cases[case.id]:
+        raise lists.ListError(f"the inputs of {case.id} are not those of {frozen.name}; reinstall the package.")
+    with np.errstate(invalid="ignore"):
+        verdict = _verdict(case, calls, recording, outputs, subject, frozen.cases[case.id])
+    used = claims.features_of(case, next(call for call in calls if call.operator == case.operator))
+    row = row_of(
+        case,
+        subject,
+        status=verdict.status,
+        reason=verdict.reason,
+        rule=verdict.rule,
+        features=used,
+        metrics=verdict.metrics,
+        selective_rows=verdict.selective_rows,
+        vacuous_rows=verdict.vacuous_rows,
+        seconds=recording.seconds,
+        outputs_sha256=recording.outputs_sha256,
+    )
+    return Judgement(row, _worth_keeping(calls, outputs, verdict) if verdict.status == "FAIL" else {})
+
+
+def _verdict(
+    case: Case, calls: Sequence[Call], recording: Recording, outputs: Sequence[Outputs], subject: Subject, inputs: str
+) -> Verdict:
+    missing = claims.undeclared(case, calls, subject.capabilities)
+    if recording.status == "error":
+        return Verdict("ERROR", recording.reason)
+    if recording.status == "unsupported":
+        if missing is None or recording.capability != missing[0].name:
+            return Verdict.failed("capability", f"refused without having declared it: {recording.reason}")
+        return Verdict("UNSUPPORTED", f"as declared: '{missing[0].name}' = {missing[1]} is not offered")
+    if missing is not None and not missing[0].in_call:
+        return Verdict("UNSUPPORTED", f"as declared: '{missing[0].name}' is not offered")
+    if missing is not None:
+        return Verdict.failed("capability", f"answered although '{missing[0].name}' is not declared")
+    if recording.status == "malformed":
+        return Verdict.failed("result", f"the call returned {recording.reason}")
+    if recording.inputs_sha256 != inputs:
+        return Verdict("ERROR", "the worker's process made other inputs than the list has")
+    if recording.changed_inputs:
+        return Verdict.failed("inputs", f"the call wrote to its inputs: {', '.join(recording.changed_inputs)}")
+    return judge_calls(case, calls, outputs, lambda call: subject.profiles[call.operator, call.format, call.phase])
+
+
+def _worth_keeping(calls: Sequence[Call], outputs: Sequence[Outputs], verdict: Verdict) -> dict[str, np.ndarray[Any, Any]]:
+    kept: dict[str, np.ndarray[Any, Any]] = {}
+    for i, call in enumerate(calls):
+        step = "" if len(calls) == 1 else f"{i}."
+        kept |= {f"{step}inputs.{name}": array for name, array in call.arrays.items()}
+        kept |= {f"{step}batch.{name}": array for name, array in call.batch.items()}
+        kept |= {f"{step}outputs.{name}": array for name, array in (outputs[i] if i < len(outputs) else {}).items()}
+    return kept | {f"judged.{name}": np.asarray(array) for name, array in verdict.arrays.items()}

@@ -1,0 +1,148 @@
+"""One run: ask the backend's process case by case, let judges look at what it left meanwhile, say how far it is, report."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+
+from dsa_portable import registry
+from dsa_portable.conformance import lists
+from dsa_portable.conformance.cases.catalogue import CASES
+from dsa_portable.conformance.execute import recording
+from dsa_portable.conformance.execute.chip import Chip
+from dsa_portable.conformance.execute.declaration import subject_of
+from dsa_portable.conformance.execute.emulation import emulating
+from dsa_portable.conformance.execute.process import peak_memory
+from dsa_portable.conformance.execute.recording import Recording, Subject
+from dsa_portable.conformance.judging.process import Judges
+from dsa_portable.conformance.report import environment, terminal, write
+from dsa_portable.conformance.report.build import report_of
+from dsa_portable.conformance.report.schema import CaseResult, Report, Run
+from dsa_portable.errors import BackendError, DSAError
+
+
+class UsageError(DSAError, ValueError):
+    """What was asked for cannot be run as it was asked: the command line says why."""
+
+
+def run(
+    *,
+    backend: str | None = None,
+    level: str = "core",
+    out: str | Path = "dsa-report",
+    cases: Sequence[str] = (),
+    resume: bool = False,
+    jobs: int | None = None,
+    timeout_scale: float = 1.0,
+    emulate: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    command: str = "dsa_portable.conformance.run()",
+) -> Report:
+    """Run a frozen list on a backend and write report.json, junit.xml and summary.md into `out`; returns the report.
+
+    backend: a name; else use_backend(), DSA_BACKEND, or cpu.  cases: only these of the list, ids or patterns as in a shell
+        (`index-*-decode-*`); the others are NOT_RUN.
+    resume: go on with what an interrupted run of the same list and backend recorded in `out`; `cases` are then asked again.
+    jobs: processes that judge, else one for each core.  timeout_scale: multiplies every limit.
+    emulate: the chip that the backend stands in for, else DSA_EMULATE; evidence is then EMULATED.
+    Raises, before any case runs, UsageError, ListError, EmulationError, ResumeError, ReportDirectoryError, DeclarationError or
+    BackendError.
+    """
+    if not (timeout_scale > 0 and math.isfinite(timeout_scale)):
+        raise UsageError(f"--timeout-scale is {timeout_scale}, but a positive number is accepted; pass one.")
+    frozen, requested, folder = lists.load(level), registry.requested(backend), Path(out) / write.RECORDINGS
+    wanted, declaration = frozen.matching(cases), registry.load(requested or "cpu")
+    with emulating(declaration, emulate) as emulated, tempfile.TemporaryDirectory(prefix="dsa-portable-") as logs:
+        write.prepare(Path(out))
+        judges = Judges(jobs, folder, keep=Path(out) / write.FAILED, logs=Path(logs), say=say)
+        chip = Chip(declaration.name, folder, scale=timeout_scale, log=Path(logs) / "worker.log")
+        with closing(judges), closing(chip):
+            subject = subject_of(
+                declaration,
+                chip.hello,
+                [CASES[id] for id in frozen.cases],
+                list_name=level,
+                list_sha256=frozen.sha256,
+                requested=requested or "",
+                emulate=emulated,
+                variables=environment.variables(),
+            )
+            kept = recording.resume(folder, subject, frozen.cases, again=wanted if cases else ()) if resume else {}
+            write.clear(Path(out), kept)
+            recording.save_subject(folder, subject)
+            session = _Session(subject, wanted, kept, chip, judges, say)
+            say(terminal.header(session.report(command, timeout_scale)))
+            session.run()
+            report = session.report(command, timeout_scale)
+    write.write(report, Path(out))
+    say(terminal.table(report))
+    return report
+
+
+@dataclass
+class _Session:
+    subject: Subject
+    wanted: Collection[str]
+    kept: Mapping[str, Recording]
+    chip: Chip
+    judges: Judges
+    say: Callable[[str], None]
+    recordings: dict[str, Recording] = field(default_factory=dict)
+    rows: dict[str, CaseResult] = field(default_factory=dict)
+    interrupted: bool = False
+    stopped: str = ""
+
+    def __post_init__(self) -> None:
+        self.cases, self.started = lists.load(self.subject.list_name).cases, datetime.now(timezone.utc)
+
+    def run(self) -> None:
+        """Judge what was kept and what the backend answers now, in the order of the list."""
+        ids = [id for id in self.cases if id in self.kept or id in self.wanted]
+        with ThreadPoolExecutor(1) as asker:
+            recorded = {id: asker.submit(self._record, id) for id in ids}
+            judged = {id: self.judges.submit(self.subject, recorded[id]) for id in ids}
+            try:
+                for id, row in judged.items():
+                    self._add(row.result(), recorded[id].result())
+            except BackendError as exc:
+                self.stopped = f"the backend could not be started again: {exc}"
+            except KeyboardInterrupt:
+                self.interrupted, self.stopped = True, "interrupted before it"
+                self.say(f"interrupted; what was recorded is in {self.chip.folder}, and --resume goes on from there")
+            finally:
+                self.chip.close()
+                asker.shutdown(wait=False, cancel_futures=True)
+
+    def _record(self, id: str) -> Recording:
+        return self.kept[id] if id in self.kept else self.chip.record(id)
+
+    def _add(self, row: CaseResult, recorded: Recording) -> None:
+        self.rows[row.id], self.recordings[row.id] = row, recorded
+        if row.id not in self.kept:
+            done = f"[{len(self.rows):>{len(str(len(self.wanted)))}}/{len(self.wanted)}]"
+            seconds = "" if row.seconds is None else f"{row.seconds:8.3f} s"
+            reason = f"  {terminal.one_line(row.reason)}" if row.reason else ""
+            self.say(f"{done} {row.status!s:11} {row.id:46}{seconds}{reason}")
+
+    def report(self, command: str, timeout_scale: float) -> Report:
+        """The report of the rows so far."""
+        finished = datetime.now(timezone.utc)
+        run = Run(
+            command=command,
+            started=self.started.isoformat(),
+            finished=finished.isoformat(),
+            seconds=(finished - self.started).total_seconds(),
+            peak_memory_bytes={"runner": peak_memory(), "worker": self.chip.peak_memory, "judge": self.judges.peak_memory},
+            interrupted=self.interrupted,
+            resumed=bool(self.kept),
+            timeout_scale=timeout_scale,
+            workers_replaced=self.chip.replaced,
+        )
+        why = {id: (self.stopped or "not yet run") if id in self.wanted else "not asked for" for id in self.cases}
+        return report_of(self.subject, self.recordings, self.rows, why, run)
