@@ -56,7 +56,7 @@ def device_name(array: Array) -> str:
     return str(array.device.type) if is_torch(array) else "cpu"
 
 
-def place(array: Array) -> str:
+def device_of(array: Array) -> str:
     """The very device the array lives on: `cpu`, `cuda:1`, ..."""
     return str(array.device) if is_torch(array) else "cpu"
 
@@ -113,7 +113,7 @@ def as_kind(array: Array, wanted: str) -> Array:
 
 def beside(array: Array, other: Array) -> Array:
     """The array where `other` lives and of its kind; host memory is shared or copied to a device, never the reverse."""
-    if place(array) != place(other) and not on_host(array):
+    if device_of(array) != device_of(other) and not on_host(array):
         raise InvalidArgument(
             f"{describe(array)} meets {describe(other)}, but one device is accepted; move the second to the first."
         )
@@ -151,4 +151,4 @@ def describe(array: object) -> str:
     """`float32 [3, 4] on cpu`, for error messages."""
     if not is_array(array):
         return f"{type(array).__name__} {reprlib.repr(array)}"
-    return f"{dtype_name(array)} {list(array.shape)} on {place(array)}"  # type: ignore[attr-defined]
+    return f"{dtype_name(array)} {list(array.shape)} on {device_of(array)}"  # type: ignore[attr-defined]

@@ -265,13 +265,13 @@ class Batch:
         return self.page_size
 
     @property
-    def _place(self) -> Array:
+    def _anchor(self) -> Array:
         """The array beside which `request_of_row` and `key_range` put their results: one on a device where there is any."""
         return next((a for a in self.flatten()[0] if a is not None and not on_host(a)), self.cu_seqlens_q)
 
     def request_of_row(self, rows: int) -> Array:
         """int32 [rows]: the request that owns each row, -1 for padding rows; no synchronisation."""
-        cu_seqlens_q = beside(self.cu_seqlens_q, self._place)
+        cu_seqlens_q = beside(self.cu_seqlens_q, self._anchor)
         xp, row = namespace(cu_seqlens_q), row_numbers(rows, cu_seqlens_q)
         owner = xp.searchsorted(cu_seqlens_q, row, side="right") - 1
         return cast(xp.where(row < cu_seqlens_q[-1], owner, -1), "int32")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dsa_portable import registry
-from dsa_portable.arrays import Array, as_kind, cast, describe, device_name, dtype_name, kind, namespace, place
+from dsa_portable.arrays import Array, as_kind, cast, describe, device_name, device_of, dtype_name, kind, namespace
 from dsa_portable.batch import Batch
 from dsa_portable.capability import require
 from dsa_portable.errors import InvalidArgument, no_exit
@@ -129,7 +129,7 @@ def _check_parts(outs: Sequence[Array], lses: Sequence[Array], attn_sink: Array 
     for out, lse in zip(outs, lses, strict=True):
         dims = check_arrays(MERGE, {"outs": out, "lses": lse, "attn_sink": attn_sink}, paged=False, packed={})
         first = first or (out, dims)
-        if dims != first[1] or dtype_name(out) != dtype_name(first[0]) or place(out) != place(first[0]):
+        if dims != first[1] or dtype_name(out) != dtype_name(first[0]) or device_of(out) != device_of(first[0]):
             raise InvalidArgument(
                 f"merge: outs has {describe(out)} beside {describe(first[0])}, but one shape, dtype and device is accepted; "
                 "pass parts of one call."

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
-from dsa_portable.arrays import Array, as_kind, describe, dtype_name, is_array, on_host, place
+from dsa_portable.arrays import Array, as_kind, describe, device_of, dtype_name, is_array, on_host
 from dsa_portable.batch import Batch
 from dsa_portable.errors import InvalidArgument, Unsupported
 from dsa_portable.formats import layout
@@ -212,9 +212,9 @@ def _bound(signature: Signature, batch: Batch | None, dims: Mapping[str, int], q
     if batch is None:
         return Batch.dense(dims["Tq"], dims["Tk"])
     for array in batch.flatten()[0]:
-        if array is not None and not on_host(array) and place(array) != place(q):
+        if array is not None and not on_host(array) and device_of(array) != device_of(q):
             raise InvalidArgument(
-                f"{signature.name}: batch holds {describe(array)}, but q is on {place(q)}; keep it on the host or beside q."
+                f"{signature.name}: batch holds {describe(array)}, but q is on {device_of(q)}; keep it on the host or beside q."
             )
     if batch.page_size is not None and batch.page_size != dims["page_size"]:
         raise InvalidArgument(
@@ -237,10 +237,11 @@ def _check_out(request: Request, results: Mapping[str, tuple[str, tuple[int, ...
             f"{request.operator}: out has {len(request.out)} arrays, but the call returns {' and '.join(results)}; pass one "
             "array for each, in a tuple."
         )
+    device = device_of(request.q)
     for array, (name, (dtype, shape)) in zip(request.out, results.items(), strict=True):
         where = f"{request.operator}: out for {name} is {describe(array)}"
-        fits = is_array(array) and (dtype_name(array), tuple(array.shape), place(array)) == (dtype, shape, place(request.q))
+        fits = is_array(array) and (dtype_name(array), tuple(array.shape), device_of(array)) == (dtype, shape, device)
         if not fits:
-            raise InvalidArgument(f"{where}, but {dtype} {list(shape)} on {place(request.q)} is accepted; allocate it so.")
+            raise InvalidArgument(f"{where}, but {dtype} {list(shape)} on {device} is accepted; allocate it so.")
         if isinstance(array, np.ndarray) and not array.flags.writeable:
             raise InvalidArgument(f"{where} and read-only, but results are written there; pass a writeable array.")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dsa_portable.arrays import Array, as_int, describe, dtype_name, is_array, place
+from dsa_portable.arrays import Array, as_int, describe, device_of, dtype_name, is_array
 from dsa_portable.errors import InvalidArgument, Unsupported
 from dsa_portable.formats import check_cache, layout
 
@@ -216,8 +216,10 @@ def check_arrays(
         elif dtype_name(value) not in argument.dtypes:
             raise InvalidArgument(f"{where}, but {' or '.join(argument.dtypes)} is accepted; cast it, or name its layout.")
         first = value if first is None else first
-        if place(value) != place(first):
-            raise InvalidArgument(f"{where}, but {signature.arguments[0].name} is on {place(first)}; move them to one device.")
+        if device_of(value) != device_of(first):
+            raise InvalidArgument(
+                f"{where}, but {signature.arguments[0].name} is on {device_of(first)}; move them to one device."
+            )
         sizes = list(value.shape)
         if layout_name is not None:
             sizes[-1] = layout(layout_name).key_dim

@@ -36,7 +36,7 @@ def test_what_is_no_array(value: object) -> None:
 def test_numpy_arrays_live_on_the_host() -> None:
     array = np.zeros(2)
     assert arrays.is_array(array)
-    assert (arrays.kind(array), arrays.device_name(array), arrays.place(array)) == ("numpy", "cpu", "cpu")
+    assert (arrays.kind(array), arrays.device_name(array), arrays.device_of(array)) == ("numpy", "cpu", "cpu")
     assert arrays.on_host(array)
     assert arrays.namespace(array) is np
     assert not arrays.is_torch(array)
