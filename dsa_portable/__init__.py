@@ -6,9 +6,7 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 _here = Path(__file__).resolve().parent
 if (_here.parent / "backends" / "cpu").is_dir() and not (_here / "backends").is_dir():
@@ -16,6 +14,8 @@ if (_here.parent / "backends" / "cpu").is_dir() and not (_here / "backends").is_
     __path__.append(str(_here.parent))
 
 from dsa_portable.batch import Batch  # noqa: E402
+from dsa_portable.deprecated import backends as backends  # noqa: E402
+from dsa_portable.deprecated import conformance as conformance  # noqa: E402
 from dsa_portable.errors import (  # noqa: E402
     BackendError,
     BackendExited,
@@ -27,15 +27,9 @@ from dsa_portable.errors import (  # noqa: E402
     Unsupported,
 )
 from dsa_portable.ops import lightning_index, merge, sparse_attend  # noqa: E402
-from dsa_portable.registry import backends, use_backend  # noqa: E402
+from dsa_portable.registry import list_backends, use_backend  # noqa: E402
 
 __version__ = "0.1.0"
-
-
-def conformance(**options: Any) -> Any:
-    """Run the conformance suite and return its report; the arguments are those of `dsa_portable.conformance.run`."""
-    return import_module("dsa_portable.conformance").run(**options)
-
 
 __all__ = [
     "BackendError",
@@ -47,9 +41,8 @@ __all__ = [
     "InvalidArgument",
     "UnknownBackend",
     "Unsupported",
-    "backends",
-    "conformance",
     "lightning_index",
+    "list_backends",
     "merge",
     "sparse_attend",
     "use_backend",

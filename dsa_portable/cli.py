@@ -146,7 +146,7 @@ def _conformance(options: argparse.Namespace) -> int:
 
 
 def _backends(options: argparse.Namespace) -> int:
-    for status in registry.backends():
+    for status in registry.list_backends():
         backend = status.backend
         version = f" {backend.version}" if backend else ""
         print(f"{status.name}{version}: {'available' if status.available else 'unavailable'}")

@@ -95,7 +95,7 @@ def operator(name: str, operation: str) -> Callable[[Any], Any]:
         raise errors.BackendNotImportable.because(name, exc, backend.install) from exc
 
 
-def backends() -> list[Status]:
+def list_backends() -> list[Status]:
     """All registered backends, each with its device or the reason why it has none."""
     result = []
     for name in names():

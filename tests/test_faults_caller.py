@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from dsa_portable.caller import prepare_index
 from dsa_portable.conformance.faults import caller
 from dsa_portable.conformance.faults.caller import CALLER_FAULTS, HONEST_CALLERS, Caller, Finding, NoHadamard, examine
-from dsa_portable.reference import prepare_index
 
 SEEDS = pytest.mark.parametrize("seed", ["", "1/", "2/", "3/"])
 

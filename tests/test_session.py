@@ -475,8 +475,9 @@ def test_a_run_of_refusals_is_evidence_of_nothing(tmp_path: Path) -> None:
 def test_emulation_ends_with_its_run(tmp_path: Path) -> None:
     """A program may run the suite twice; what it emulated first must not stay on for a run that is to be HARDWARE."""
     plugins.module(tmp_path, "seen", "emulates=('chip9',)")
-    run = f"dsa_portable.conformance(backend='seen', level='smoke', cases=['{SMALL}'], out='out', emulate={{}})"
-    code = f"import os, dsa_portable\nfirst = {run.format('chip9'.__repr__())}\nassert 'DSA_EMULATE' not in os.environ\n"
+    run = f"run(backend='seen', level='smoke', cases=['{SMALL}'], out='out', emulate={{}})"
+    code = f"import os\nfrom dsa_portable.conformance import run\nfirst = {run.format('chip9'.__repr__())}\n"
+    code += "assert 'DSA_EMULATE' not in os.environ\n"
     code += f"second = {run.format(None)}\nprint(first.evidence, first.emulates, second.evidence, second.emulates)"
     done = subprocess.run(
         [sys.executable, "-c", code],

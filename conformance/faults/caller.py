@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import ml_dtypes
 import numpy as np
 
+from dsa_portable.caller import ROTATIONS, IndexOperands, Rotation, fold_weights, hadamard, rope
 from dsa_portable.conformance.cases import values
 from dsa_portable.conformance.cases.attend import V32_SCALE
 from dsa_portable.conformance.cases.call import Call
@@ -21,7 +22,6 @@ from dsa_portable.conformance.faults.implementation import LightningIndex, Spars
 from dsa_portable.conformance.judging import bounds, oracle
 from dsa_portable.formats import quantise_e4m3fn
 from dsa_portable.profile import Profile
-from dsa_portable.reference import ROTATIONS, IndexOperands, Rotation, fold_weights, hadamard, rope
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -72,7 +72,7 @@ def layers(seed: str) -> tuple[Layer, Layer]:
 
 
 class Caller:
-    """An honest caller, a method a step; `reference.prepare_index` does the same in one."""
+    """An honest caller, a method a step; `dsa_portable.caller.prepare_index` does the same in one."""
 
     code = ""
     title = ""

@@ -11,8 +11,8 @@ import numpy.typing as npt
 import pytest
 
 from dsa_portable import InvalidArgument
+from dsa_portable.caller import ROTATIONS, Style, fold_weights, hadamard, prepare_index, rope
 from dsa_portable.formats import dequantise
-from dsa_portable.reference import ROTATIONS, Style, fold_weights, hadamard, prepare_index, rope
 
 STYLES = pytest.mark.parametrize("style", ["half", "interleaved"])
 # theta = 4 in four dimensions: pair 0 turns by the position, pair 1 by half of it. Here x = (1, 2, 3, 4) stands at position 2.
