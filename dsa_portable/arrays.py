@@ -111,6 +111,11 @@ def as_kind(array: Array, wanted: str) -> Array:
     return to_numpy(array) if wanted == "numpy" else from_numpy(array)
 
 
+def host_as_kind(array: Array, wanted: str) -> Array:
+    """The same host memory as the wanted kind of array; what is no array or lives on a device passes through."""
+    return as_kind(array, wanted) if is_array(array) and on_host(array) else array
+
+
 def beside(array: Array, other: Array) -> Array:
     """The array where `other` lives and of its kind; host memory is shared or copied to a device, never the reverse."""
     if device_of(array) != device_of(other) and not on_host(array):

@@ -7,6 +7,7 @@ Lengths may live on the device, where a server rewrites them between graph repla
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -20,6 +21,7 @@ from dsa_portable.arrays import (
     cast,
     describe,
     dtype_name,
+    host_as_kind,
     is_array,
     kind,
     namespace,
@@ -102,7 +104,7 @@ class Batch:
                 "Batch: lengths on a device need max_seqlen_q, max_seqlen_k and cu_seqlens_k or block_table; pass them, "
                 "as they cannot be found without a synchronisation."
             )
-        self._check_values(device_too=False)
+        self._check_values(self._read(device_too=False))
 
     def _check_sizes(self) -> None:
         requests = self.num_requests
@@ -182,14 +184,14 @@ class Batch:
 
     def validate(self) -> None:
         """Check the values of every array; reads device arrays, so it synchronises with the device. Raises InvalidArgument."""
-        self._check_values(device_too=True)
+        self._check_values(self._read(device_too=True))
 
     def _read(self, device_too: bool) -> dict[str, Int32]:
         arrays = zip(ARRAYS, self.flatten()[0], strict=True)
         return {name: to_numpy(a) for name, a in arrays if a is not None and (device_too or readable(a))}
 
-    def _check_values(self, device_too: bool) -> None:
-        values = self._read(device_too)
+    def _check_values(self, values: dict[str, Int32], pages: Int32 | None = None) -> None:
+        """Raise where what was read breaks the class's rules; `pages`, where known, are those of `_followed`."""
         for name in ("cu_seqlens_q", "cu_seqlens_k"):
             sums = values.get(name)
             if sums is not None and (sums[0] != 0 or (sums[1:] < sums[:-1]).any()):
@@ -214,14 +216,15 @@ class Batch:
                 f"Batch: request {r} has seqlens_k = {seqlens_k[r]}, but cu_seqlens_k has room for {room[r]}; make them agree."
             )
         if "block_table" in values:
-            self._check_pages(values["block_table"], seqlens_k)
+            self._check_width(values["block_table"], seqlens_k)
+            self._check_pages(self._followed(values["block_table"], seqlens_k) if pages is None else pages)
 
     def _check_maximum(self, name: str, lengths: Int32) -> None:
         limit = getattr(self, name)
         if lengths.max(initial=0) > limit:
             raise InvalidArgument(f"Batch: {name} is {limit}, but a request has {lengths.max()}; pass an upper bound.")
 
-    def _check_pages(self, table: Int32, seqlens_k: Int32) -> None:
+    def _check_width(self, table: Int32, seqlens_k: Int32) -> None:
         needed = -(-seqlens_k // self._page_size)
         if (needed > table.shape[1]).any():
             r = int((needed > table.shape[1]).argmax())
@@ -229,10 +232,14 @@ class Batch:
                 f"Batch: block_table has {table.shape[1]} pages per request, but request {r} needs {needed[r]} "
                 f"({seqlens_k[r]} keys in pages of {self.page_size}); widen it."
             )
-        pages, most = self._followed(table, seqlens_k), MAX_PLACES // self._page_size
-        if (wrong := pages[(pages < 0) | (pages >= most)]).size:
+
+    def _check_pages(self, pages: Int32) -> None:
+        most = MAX_PLACES // self._page_size
+        # The extremes first: a mask of every page takes longer than both.
+        if pages.min(initial=0) < 0 or pages.max(initial=0) >= most:
+            wrong = pages[(pages < 0) | (pages >= most)][0]
             raise InvalidArgument(
-                f"Batch: block_table has page {wrong[0]} within a request's length, but 0 .. {most - 1} are accepted, as slots "
+                f"Batch: block_table has page {wrong} within a request's length, but 0 .. {most - 1} are accepted, as slots "
                 "are int32; pass the pages that hold the keys."
             )
 
@@ -241,16 +248,22 @@ class Batch:
         return table[np.arange(table.shape[1]) < -(-seqlens_k // self._page_size)[:, None]]
 
     def check_bounds(self, rows: int, keys: int) -> None:
-        """Raise where host arrays overrun arrays of `rows` query rows and `keys` flat keys (or pages, when paged)."""
+        """Raise where host arrays overrun arrays of `rows` query rows and `keys` flat keys (or pages, when paged).
+
+        Also where they were rewritten in place since the constructor checked them, and break its rules now.
+        """
         self._check_rows(rows)
         values = self._read(device_too=False)
         for name, size, what in (("cu_seqlens_q", rows, "q has {} rows"), ("cu_seqlens_k", keys, "there are {} keys")):
             if name in values and values[name][-1] > size:
                 raise InvalidArgument(f"Batch: {name} ends at {values[name][-1]}, but {what.format(size)}; make them agree.")
+        pages = None
         if "block_table" in values and "seqlens_k" in values:
-            top = self._followed(values["block_table"], values["seqlens_k"]).max(initial=-1)
+            pages = self._followed(values["block_table"], values["seqlens_k"])
+            top = pages.max(initial=-1)
             if top >= keys:
                 raise InvalidArgument(f"Batch: block_table names page {top}, but the cache has {keys} pages; make them agree.")
+        self._check_values(values, pages)
 
     def _check_rows(self, rows: int) -> None:
         if self.key_start is not None and self.key_start.shape[0] != rows:
@@ -385,3 +398,16 @@ class Batch:
             max_seqlen_k=max_seqlen_k,
             causal=bool(causal),
         )
+
+
+def batch_as_kind(batch: Batch, wanted: str) -> Batch:
+    """The same batch over the same memory, with every host array of the wanted kind; itself where nothing changes."""
+    arrays = zip(ARRAYS, batch.flatten()[0], strict=True)
+    changed = {name: new for name, array in arrays if (new := host_as_kind(array, wanted)) is not array}
+    if not changed:
+        return batch
+    # Not through the constructor: a call has looked at these values just now, and every page again would double its time.
+    same = copy(batch)
+    for name, array in changed.items():
+        object.__setattr__(same, name, array)
+    return same

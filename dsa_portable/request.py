@@ -8,8 +8,8 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
-from dsa_portable.arrays import Array, as_kind, describe, device_of, dtype_name, is_array, on_host
-from dsa_portable.batch import Batch
+from dsa_portable.arrays import Array, describe, device_of, dtype_name, host_as_kind, is_array, on_host
+from dsa_portable.batch import Batch, batch_as_kind
 from dsa_portable.errors import InvalidArgument, Unsupported
 from dsa_portable.formats import layout
 from dsa_portable.signature import (
@@ -29,18 +29,20 @@ _T = TypeVar("_T")
 
 class _Call:
     def as_kind(self: _T, wanted: str) -> _T:
-        """The same call over the same memory, with every host array of the wanted kind (`numpy` or `torch`)."""
+        """The same call over the same memory, with every host array of the wanted kind (`numpy` or `torch`).
+
+        Itself where nothing changes kind; nothing is checked again, as no value changes.
+        """
         values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
-        return replace(self, **{name: _shared(value, wanted) for name, value in values.items()})  # type: ignore[type-var]
+        changed = {name: new for name, value in values.items() if (new := _shared(value, wanted)) is not value}
+        return replace(self, **changed) if changed else self  # type: ignore[type-var]
 
 
 def _shared(value: Any, wanted: str) -> Any:
     if isinstance(value, tuple):
-        return tuple(_shared(v, wanted) for v in value)
-    if isinstance(value, Batch):
-        arrays, integers = value.flatten()
-        return Batch.unflatten([_shared(a, wanted) for a in arrays], integers)
-    return as_kind(value, wanted) if is_array(value) and on_host(value) else value
+        parts = tuple(_shared(v, wanted) for v in value)
+        return parts if any(new is not old for new, old in zip(parts, value, strict=True)) else value
+    return batch_as_kind(value, wanted) if isinstance(value, Batch) else host_as_kind(value, wanted)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -363,6 +363,82 @@ def test_nothing_to_do() -> None:
         assert (out.shape, lse.shape) == ((rows, H, 6), (rows, H))
         assert not out.any()
         assert np.isneginf(lse).all()
+
+
+# --- a batch is checked once in a call ---------------------------------------------------------------------------------
+
+
+def count_checks(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often a Batch is constructed, its values are checked, its pages gathered, and it meets the operands, from now on."""
+    counts = dict.fromkeys(("__post_init__", "_check_values", "_followed", "check_bounds"), 0)
+
+    def counted(name: str) -> Callable[..., Any]:
+        check = getattr(Batch, name)
+
+        def count(*arguments: Any, **options: Any) -> Any:
+            counts[name] += 1
+            return check(*arguments, **options)
+
+        return count
+
+    for name in counts:
+        monkeypatch.setattr(Batch, name, counted(name))
+    return counts
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_checks_its_batch_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    operator, call = CALLS[name]
+    batch = call.get("batch", Batch.dense(TQ, TK))
+    counts = count_checks(monkeypatch)
+    operator(**{**call, "batch": batch})
+    paged = int(batch.block_table is not None)
+    assert counts == {"__post_init__": 0, "_check_values": 1, "_followed": paged, "check_bounds": 1}
+    assert Batch.unflatten(*batch.flatten()).num_requests == 1
+    assert counts == {"__post_init__": 1, "_check_values": 2, "_followed": 2 * paged, "check_bounds": 1}, (
+        "outsiders are checked"
+    )
+
+
+def test_a_call_of_the_wanted_kind_is_itself() -> None:
+    out = (zeros(TQ, 4, dtype=np.int32),)
+    arguments = (zeros(TQ, H, D), zeros(TK, D), zeros(TQ, H), None, 4, Batch.of([TQ], [TK]), None, False, True, "request", out)
+    request = index_request(*arguments)
+    assert request.as_kind("numpy") is request
+
+
+REWRITTEN: dict[str, tuple[str, list[int], str]] = {
+    "a page below 0": (
+        "block_table",
+        [0, -1],
+        "block_table has page -1 within a request's length, but 0 .. 536870911 are accepted, as slots are int32; pass the "
+        "pages that hold the keys.",
+    ),
+    "a page that is not there": (
+        "block_table",
+        [0, 2],
+        "block_table names page 2, but the cache has 2 pages; make them agree.",
+    ),
+    "too many keys": ("seqlens_k", [7], "max_seqlen_k is 6, but a request has 7; pass an upper bound."),
+    "fewer than no keys": ("seqlens_k", [-1], "seqlens_k is list [-1], but lengths >= 0 are accepted; pass counts."),
+    "sums that begin late": (
+        "cu_seqlens_q",
+        [1, 3],
+        "cu_seqlens_q is list [1, 3], but prefix sums that begin with 0 and never decrease are accepted; accumulate "
+        "the lengths.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REWRITTEN)
+def test_a_batch_that_was_rewritten_in_place_is_refused(name: str) -> None:
+    """The constructor has accepted it, so the call's own look at the values is all that stands before the backend."""
+    field, values, sentence = REWRITTEN[name]
+    batch = Batch.of([TQ], [TK], block_table=table([0, 1]), page_size=4)
+    getattr(batch, field)[...] = values
+    with pytest.raises(InvalidArgument) as refused:
+        lightning_index(**{**CACHE, "batch": batch})
+    assert str(refused.value) == f"Batch: {sentence}"
 
 
 def test_the_caches_of_the_refusals_are_served() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ import numpy.typing as npt
 import pytest
 
 from dsa_portable import Batch, InvalidArgument, Unsupported, arrays, lightning_index, merge, sparse_attend
-from dsa_portable.batch import ARRAYS
+from dsa_portable.batch import ARRAYS, batch_as_kind
 from dsa_portable.formats import pack, quantise_e4m3fn
+from dsa_portable.request import attend_request, index_request
 
 torch = pytest.importorskip("torch")
 dispatch = pytest.importorskip("torch.utils._python_dispatch")
@@ -98,6 +100,14 @@ def test_beside() -> None:
     for host in (array, tensor):
         with pytest.raises(InvalidArgument, match=r"int64 \[3\] on meta meets int64 \[3\] on cpu, but one device is accepted"):
             arrays.beside(meta, host)
+
+
+def test_what_is_on_a_device_stays_there() -> None:
+    """A request of the other kind moves nothing between devices: a backend that takes NumPy arrays is given the tensor."""
+    there = torch.zeros(2, dtype=torch.int32, device="meta")
+    assert arrays.host_as_kind(there, "numpy") is there
+    batch = Batch(there, there[:1], there, max_seqlen_q=1, max_seqlen_k=1)
+    assert batch_as_kind(batch, "numpy") is batch
 
 
 def test_a_tensor_is_no_integer() -> None:
@@ -188,6 +198,45 @@ def test_q_decides_the_kind_of_the_result(name: str) -> None:
     for found, array in zip(operator(**{**arguments, "batch": tensors["batch"]}), expected, strict=True):
         assert isinstance(found, np.ndarray)
         np.testing.assert_array_equal(bits(found), bits(array))
+
+
+@pytest.mark.parametrize("name", ["index cache", "attend cache", "attend ranges"])
+def test_a_batch_that_changes_kind_is_not_checked_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors reach a backend of NumPy arrays as the same memory, in a Batch that no constructor has seen."""
+    operator, arguments = CALLS[name]
+    tensors, expected = in_torch(arguments), operator(**arguments)
+
+    def fail(batch: Batch) -> None:
+        raise AssertionError("a Batch is constructed")
+
+    checked: list[Batch] = []
+    check_values = Batch._check_values
+    monkeypatch.setattr(Batch, "__post_init__", fail)
+    monkeypatch.setattr(Batch, "_check_values", lambda self, *read: (checked.append(self), check_values(self, *read)))
+    check_same(operator(**tensors), expected)
+    assert len(checked) == 1
+    assert checked[0] is tensors["batch"]
+    with pytest.raises(AssertionError, match="constructed"):
+        Batch.unflatten(*tensors["batch"].flatten())
+
+
+@pytest.mark.parametrize("name", ["index cache", "attend cache", "attend ranges"])
+def test_a_request_of_the_other_kind_shares_its_memory(name: str) -> None:
+    operator, arguments = CALLS[name]
+    check = {lightning_index: index_request, sparse_attend: attend_request}[operator]
+    defaults = {p.name: p.default for p in signature(operator).parameters.values() if p.name not in ("backend", *arguments)}
+    request = check(**in_torch(arguments), **defaults)
+    other = request.as_kind("numpy")
+    assert other is not request
+    assert request.as_kind("torch") is request
+    for array, same in zip(request.batch.flatten()[0], other.batch.flatten()[0], strict=True):
+        assert (array is None) == (same is None)
+        if array is not None:
+            assert isinstance(same, np.ndarray)
+            assert np.shares_memory(array.numpy(), same)
+    assert other.batch.flatten()[1] == request.batch.flatten()[1]
+    back = other.as_kind("torch")
+    assert all(isinstance(array, torch.Tensor) for array in (back.q, *(a for a in back.batch.flatten()[0] if a is not None)))
 
 
 @pytest.mark.parametrize("name", CALLS)
