@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any, TypeAlias
@@ -114,6 +115,75 @@ def test_tiny_products_are_lost_and_never_become_nan(accumulator: Accumulator, p
     found = emulator.dot(a, a, accumulator)
     expected = 40 * 2.0 ** (2 * power)
     assert (abs(found - expected) <= max(2.0**-120, expected / 256)).all()
+
+
+# --- machine code: the bits of the definition ---
+
+SPECIAL = [0.0, -0.0, 1.0, -1.5, 2.0**-149, -(2.0**-127), 2.0**-126, 2.0**63, -1e38, 3e38, np.inf, -np.inf, np.nan]
+
+
+def spread(drawn: np.random.Generator, shape: tuple[int, int], exponents: tuple[int, int]) -> Array:
+    """Numbers of both signs whose exponents fill this range."""
+    return np.ldexp(drawn.uniform(1, 2, shape) * drawn.choice([-1, 1], shape), drawn.integers(*exponents, shape))
+
+
+OPERANDS: dict[str, Any] = {
+    "e4m3": lambda drawn, shape: (drawn.standard_normal(shape) * 64).clip(-448, 448).astype(ml_dtypes.float8_e4m3fn),
+    "int8": lambda drawn, shape: drawn.integers(-128, 128, shape).astype(np.int8),
+    "bf16": lambda drawn, shape: spread(drawn, shape, (-9, 9)).astype(ml_dtypes.bfloat16),
+    "f32": lambda drawn, shape: drawn.uniform(1, 2, shape).astype(np.float32),
+    "f32, far apart": lambda drawn, shape: spread(drawn, shape, (-40, 40)).astype(np.float32),
+    "cancelling": lambda drawn, shape: drawn.choice([1, -1, 1 + 2.0**-7], shape).astype(np.float32),
+    "subnormal": lambda drawn, shape: spread(drawn, shape, (-82, -58)).astype(np.float32),
+    "zeros": lambda drawn, shape: drawn.choice([0.0, -0.0], shape).astype(np.float32),
+    "almost overflowing": lambda drawn, shape: spread(drawn, shape, (58, 61)).astype(np.float32),
+}
+INFINITE: dict[str, Any] = {
+    "overflowing": lambda drawn, shape: spread(drawn, shape, (50, 65)).astype(np.float32),
+    "special": lambda drawn, shape: drawn.choice(SPECIAL, shape, p=[0.2, 0.2, *[0.6 / 11] * 11]).astype(np.float32),
+    "any bits": lambda drawn, shape: drawn.integers(0, 2**32, shape, np.uint32).view(np.float32),
+}
+
+
+def bits_of(values: Array) -> Array:
+    """float32 as integers; every NaN is the same."""
+    return np.where(np.isnan(values), np.float32(np.nan), values).view(np.uint32)
+
+
+@pytest.mark.parametrize("rounding", ["RZ", "RN"])
+@pytest.mark.parametrize("group", [1, 4, 8, 16, 32])
+@pytest.mark.parametrize("operand", [*OPERANDS, *INFINITE])
+def test_machine_code_gives_the_bits_of_the_definition(operand: str, group: int, rounding: str) -> None:
+    pytest.importorskip("numba")
+    for bits in range(8, 24):
+        drawn, accumulator = np.random.default_rng(bits), Accumulator(bits, rounding, group)
+        for m, n, d in ((3, 37, 77), (2, 16, 128), (1, 1, 33)):
+            a, b = ({**OPERANDS, **INFINITE}[operand](drawn, (rows, d)).astype(np.float32) for rows in (m, n))
+            with np.errstate(all="ignore"):
+                found, expected = emulator.dot(a, b, accumulator), emulator._aligned(a, b, accumulator)
+            np.testing.assert_array_equal(bits_of(found), bits_of(expected), f"{bits} bits, {(m, n, d)}")
+
+
+@pytest.mark.parametrize("operand", OPERANDS)
+def test_machine_code_runs_where_sums_are_exact_and_finite(operand: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba")
+    a, b = (OPERANDS[operand](np.random.default_rng(n), (n, 128)) for n in (3, emulator.BLOCK + 5))
+    monkeypatch.setattr(emulator, "_aligned", lambda *_: pytest.fail("The definition was called."))
+    for accumulator in (*ACCUMULATORS, Accumulator(19, "RN", 32), Accumulator(23, "RZ", 2)):
+        assert np.isfinite(emulator.dot(a, b, accumulator)).all()
+    for accumulator in (Accumulator(20, "RN", 32), Accumulator(23, "RZ", 4)):
+        with pytest.raises(pytest.fail.Exception):
+            emulator.dot(a, b, accumulator)
+
+
+def test_without_numba_the_definition_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.setattr(emulator, "_compiled", emulator._compiled.__wrapped__)
+    a, b = (OPERANDS["e4m3"](np.random.default_rng(n), (n, 40)).astype(np.float32) for n in (2, 5))
+    for accumulator in ACCUMULATORS:
+        np.testing.assert_array_equal(emulator.dot(a, b, accumulator), emulator._aligned(a, b, accumulator))
+    monkeypatch.setattr(emulator, "_aligned", lambda *_: np.zeros((2, 5), np.float32))
+    assert not emulator.dot(a, b, ACCUMULATORS[0]).any()
 
 
 # --- the proven bound ---

@@ -6,6 +6,8 @@ nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -37,11 +39,23 @@ def stored(dots: Array, profile: Profile) -> Float32:
 
 def dot(a: Array, b: Array, accumulator: Accumulator) -> Float32:
     """[m, n]: a [m, d] times b [n, d] transposed, summed as the accumulator sums."""
-    a, b = a.astype(np.float32), b.astype(np.float32)
+    a, b = a.astype(np.float32), b.astype(np.float32, copy=False)
     if accumulator.bits >= 24:
         return np.asarray(a @ b.T)
-    blocks = [_aligned(a, b[first : first + BLOCK], accumulator) for first in range(0, len(b), BLOCK)]
+    blocks = [_reduced(a, b[first : first + BLOCK], accumulator) for first in range(0, len(b), BLOCK)]
     return np.concatenate([np.empty((len(a), 0), np.float32), *blocks], axis=1)
+
+
+def _reduced(a: Array, b: Array, accumulator: Accumulator) -> Float32:
+    """The bits of `_aligned`, from machine code where numba is installed."""
+    compiled = _compiled()
+    # A group's cut products are whole units, none above 2^bits: as long as they sum to no more than 2^24, any order is exact.
+    if compiled is not None and accumulator.group << accumulator.bits <= 1 << 24:
+        total = compiled(a, np.ascontiguousarray(b.T), accumulator.bits, accumulator.group, accumulator.rounding == "RZ")
+        # An infinite or undefined product has no unit, so order matters again; no such total becomes finite later.
+        if np.isfinite(total).all():
+            return total
+    return _aligned(a, b, accumulator)
 
 
 def _aligned(a: Array, b: Array, accumulator: Accumulator) -> Float32:
@@ -60,6 +74,49 @@ def _aligned(a: Array, b: Array, accumulator: Accumulator) -> Float32:
     return total
 
 
+@cache
+def _compiled() -> Callable[..., Float32] | None:
+    """`_aligned_in_loops` in machine code, or None without numba (the extra `jit`)."""
+    try:
+        from numba import njit
+    except ImportError:
+        return None
+    # Once a process, in about a second: a cache on disk would lie among the package's own files.
+    compiled: Callable[..., Float32] = njit(nogil=True)(_aligned_in_loops)
+    return compiled
+
+
+def _aligned_in_loops(a: Array, b: Array, bits: int, group: int, truncate: bool) -> Float32:
+    """`_aligned` of a [m, d] and b [d, n], in the loops that numba compiles: the innermost becomes vector instructions."""
+    (m, d), n = a.shape, b.shape[1]
+    totals = np.zeros((m, n), np.float32)
+    largest, added = np.empty(n, np.float32), np.empty(n, np.float32)
+    unit, per_unit = np.empty(n, np.float32), np.empty(n, np.float32)
+    for i in range(m):
+        total = totals[i]
+        for first in range(0, d, group):
+            last = min(first + group, d)
+            for j in range(n):
+                largest[j] = abs(total[j])
+                added[j] = 0
+            for k in range(first, last):
+                for j in range(n):
+                    largest[j] = max(largest[j], abs(a[i, k] * b[k, j]))
+            for j in range(n):
+                # Powers of two by their exponent fields: frexp's exponent is the field - 126, and 2^-126 has the field 1.
+                field = max((largest.view(np.int32)[j] >> 23) + 1 - bits, 1)
+                unit.view(np.int32)[j] = field << 23
+                per_unit.view(np.int32)[j] = (254 - field) << 23
+            for k in range(first, last):
+                for j in range(n):
+                    scaled = a[i, k] * b[k, j] * per_unit[j]
+                    added[j] += np.trunc(scaled) if truncate else np.rint(scaled)
+            for j in range(n):
+                carried = total[j] * per_unit[j]
+                total[j] = ((np.trunc(carried) if truncate else np.rint(carried)) + added[j]) * unit[j]
+    return totals
+
+
 def index_scores(call: Call, profile: Profile) -> dict[int, Float32]:
     """Row -> float32 scores of the positions it sees, from its start on; rows of no request are absent."""
     scores: dict[int, Float32] = {}
@@ -72,14 +129,15 @@ def index_scores(call: Call, profile: Profile) -> dict[int, Float32]:
         if not mine:
             continue
         low, high = min(span[2] for span in mine), max(span[3] for span in mine)
-        keys, scale = oracle.index_keys(call, request, np.arange(low, high))
+        wide_keys, wide_scale = oracle.index_keys(call, request, np.arange(low, high))
+        keys, scale = wide_keys.astype(np.float32), rounded(wide_scale, profile.scale_compute)
         for row, _, start, end in mine:
             parts = []
             for first in range(start, end, oracle.TILE):
                 tile = slice(first - low, min(first + oracle.TILE, end) - low)
                 dots = stored(dot(call.arrays["q"][row], keys[tile], accumulator), profile)
                 total = rounded(weights[row] @ np.maximum(dots, 0), profile.head_sum)
-                parts.append(rounded(total * rounded(scale[tile], profile.scale_compute), profile.logit))
+                parts.append(rounded(total * scale[tile], profile.logit))
             scores[row] = np.concatenate(parts)
     return scores
 
