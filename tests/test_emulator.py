@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from fractions import Fraction
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import ml_dtypes
@@ -176,8 +177,13 @@ def test_machine_code_runs_where_sums_are_exact_and_finite(operand: str, monkeyp
             emulator.dot(a, b, accumulator)
 
 
-def test_without_numba_the_definition_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "numba", None)
+def njit_without_a_cache(**_: Any) -> None:
+    raise RuntimeError("cannot cache function: no locator available")
+
+
+@pytest.mark.parametrize("numba", [None, SimpleNamespace(njit=njit_without_a_cache)], ids=["no numba", "no cache"])
+def test_without_numba_the_definition_runs(numba: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "numba", numba)
     monkeypatch.setattr(emulator, "_compiled", emulator._compiled.__wrapped__)
     a, b = (OPERANDS["e4m3"](np.random.default_rng(n), (n, 40)).astype(np.float32) for n in (2, 5))
     for accumulator in ACCUMULATORS:

@@ -76,13 +76,13 @@ def _aligned(a: Array, b: Array, accumulator: Accumulator) -> Float32:
 
 @cache
 def _compiled() -> Callable[..., Float32] | None:
-    """`_aligned_in_loops` in machine code, or None without numba (the extra `jit`)."""
+    """`_aligned_in_loops` in machine code; None without numba, or where it may write its cache nowhere (RuntimeError)."""
     try:
         from numba import njit
-    except ImportError:
+
+        compiled: Callable[..., Float32] = njit(cache=True, nogil=True)(_aligned_in_loops)
+    except (ImportError, RuntimeError):
         return None
-    # Once a process, in about a second: a cache on disk would lie among the package's own files.
-    compiled: Callable[..., Float32] = njit(nogil=True)(_aligned_in_loops)
     return compiled
 
 
