@@ -9,4 +9,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 # Editable, so that the run is of the files in this checkout, and its report can name their commit.
 make_environment conformance --editable "$root[cpu]"
 export DSA_BACKEND=${DSA_BACKEND:-cpu}
-exec dsa-portable conformance --level core --out dsa-report "$@"
+exec dsa-portable conformance --list core --out dsa-report "$@"

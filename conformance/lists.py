@@ -1,7 +1,7 @@
-"""A list is frozen: case ids with the sha256 of their inputs, dated, hashed, kept in lists/*.json. A run names one.
+"""A list is frozen: case ids with the sha256 of their inputs, dated, hashed, kept in frozen/ by its full name. A run names one.
 
-`python -m dsa_portable.conformance.lists` writes the lock files anew from the catalogue; a released list is never rewritten:
-a changed one gets a new date.
+Every list ever released stays there and can be run for ever: it is checked with what stands in it, never with the catalogue of
+the day, and a released case is never edited. `python -m dsa_portable.conformance.lists core-2026.12` freezes a new one.
 """
 
 from __future__ import annotations
@@ -9,25 +9,28 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from dsa_portable.backend import CONTRACT_VERSION
 from dsa_portable.conformance.cases.call import drive, sha256_of
 from dsa_portable.conformance.cases.catalogue import CASES, LISTS
 from dsa_portable.errors import DSAError
 
-DATE = "2026.11"
-# Which lists may grant a level; smoke never does.
+# Of docs/judging.md and what carries it out: it changes when a result can pass that failed before, or fail that passed.
+JUDGING_VERSION = "1"
+# Which families may grant a level; smoke never does.
 GRANTING = ("core", "deterministic", "full")
 
 
 class ListError(DSAError, ValueError):
-    """A list that does not exist, a case that is not on it, or a lock file that does not match the cases."""
+    """A list that was never released, a case that is not on it, or a file in frozen/ that is not what was released."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,15 @@ class FrozenList:
     """`cases` maps each id, in order, to the sha256 of its inputs; `sha256` is that of the list itself."""
 
     name: str
-    level: str
     cases: Mapping[str, str]
     sha256: str
+    contract: str = CONTRACT_VERSION
+    judging: str = JUDGING_VERSION  # that it was frozen under
+
+    @property
+    def family(self) -> str:
+        """The name without its date."""
+        return self.name.rpartition("-")[0]
 
     def matching(self, patterns: Sequence[str]) -> set[str]:
         """The ids that some shell pattern matches, all of them if there is none. Raises ListError for one that matches none."""
@@ -48,28 +57,40 @@ class FrozenList:
         return set(self.cases) if not patterns else {id for ids in found.values() for id in ids}
 
 
-def _hash(name: str, cases: Mapping[str, str]) -> str:
-    return hashlib.sha256(json.dumps([name, CONTRACT_VERSION, list(cases.items())]).encode()).hexdigest()
+def _hash(stored: Mapping[str, Any]) -> str:
+    cases = [(case["id"], case["inputs_sha256"]) for case in stored["cases"]]
+    # The lists of 2026.11 have no judging version, and keep their hashes.
+    versions = [stored[name] for name in ("contract", "judging") if name in stored]
+    return hashlib.sha256(json.dumps([stored["name"], *versions, cases]).encode()).hexdigest()
 
 
-def load(level: str) -> FrozenList:
-    """The frozen list of this level. Raises ListError where there is none, or where it names cases the catalogue lacks."""
-    path = files("dsa_portable.conformance") / "lists" / f"{level}.json"
-    if level not in LISTS or not path.is_file():
-        raise ListError(f"level {level!r} has no list, but {', '.join(LISTS)} have; name one with --level.")
-    return _read(level, path.name, path.read_text(encoding="utf-8"))
+def released() -> list[str]:
+    """Every list ever released, by full name: the families in the catalogue's order, each with the newest last."""
+    names = sorted(path.name.removesuffix(".json") for path in (files("dsa_portable.conformance") / "frozen").iterdir())
+    return [name for family in LISTS for name in names if name.rpartition("-")[0] == family]
+
+
+def load(name: str) -> FrozenList:
+    """The list of this name; a family alone (`core`) is its newest. Raises ListError."""
+    known = released()
+    full = next((one for one in reversed(known) if name in (one, one.rpartition("-")[0])), None)
+    if full is None:
+        every = f"{', '.join(known)} were; name one of them, or {', '.join(LISTS)} for the newest"
+        raise ListError(f"list {name!r} was never released, but {every}.")
+    return _read(full, (files("dsa_portable.conformance") / "frozen" / f"{full}.json").read_text(encoding="utf-8"))
 
 
 @cache
-def _read(level: str, file: str, text: str) -> FrozenList:
+def _read(name: str, text: str) -> FrozenList:
     try:
         stored = json.loads(text)
-        cases = {entry["id"]: entry["inputs_sha256"] for entry in stored["cases"]}
-        found = FrozenList(stored["name"], level, cases, stored["sha256"])
+        right = (stored["name"], stored["sha256"]) == (name, _hash(stored))
+        cases = {case["id"]: case["inputs_sha256"] for case in stored["cases"]}
+        found = FrozenList(name, cases, stored["sha256"], stored["contract"], stored.get("judging", "1"))
     except (ValueError, KeyError, TypeError):
-        found = None
-    if found is None or found.sha256 != _hash(found.name, found.cases) or tuple(found.cases) != LISTS[level]:
-        raise ListError(f"the lock file {file} does not match the cases of this version; reinstall the package.")
+        right = False
+    if not right or not CASES.keys() >= found.cases.keys():
+        raise ListError(f"frozen/{name}.json is not the list that was released; reinstall the package.")
     return found
 
 
@@ -78,17 +99,20 @@ def inputs_sha256(case_id: str) -> str:
     return sha256_of([call.sha256() for call in drive(CASES[case_id].steps(), lambda call: None)])
 
 
-def freeze(level: str) -> dict[str, object]:
-    """The lock file's content, from the catalogue as it is."""
-    name = f"{level}-{DATE}"
+def freeze(name: str) -> dict[str, object]:
+    """The content of a new list, from the catalogue of today. Raises ListError for a name that was released or of no family."""
+    family = name.rpartition("-")[0]
+    if family not in LISTS or name in released():
+        raise ListError(f"{name!r} was passed, but a name of {', '.join(LISTS)} with a new date is accepted; a release stays.")
     with ProcessPoolExecutor() as pool:
-        hashes = dict(zip(LISTS[level], pool.map(inputs_sha256, LISTS[level], chunksize=4), strict=True))
-    cases = [{"id": id, "inputs_sha256": sha} for id, sha in hashes.items()]
-    return {"name": name, "contract": CONTRACT_VERSION, "sha256": _hash(name, hashes), "cases": cases}
+        hashes = list(pool.map(inputs_sha256, LISTS[family], chunksize=4))
+    cases = [{"id": id, "inputs_sha256": sha256} for id, sha256 in zip(LISTS[family], hashes, strict=True)]
+    head = {"name": name, "contract": CONTRACT_VERSION, "judging": JUDGING_VERSION}
+    return {**head, "sha256": _hash({**head, "cases": cases}), "cases": cases}
 
 
 if __name__ == "__main__":
-    for level in LISTS:
-        target = Path(__file__).parent / "lists" / f"{level}.json"
-        target.write_text(json.dumps(freeze(level), indent=1) + "\n", encoding="utf-8")
-        print(f"{target.name}: {len(LISTS[level])} cases")
+    for new in sys.argv[1:]:
+        text = json.dumps(freeze(new), indent=1) + "\n"
+        Path(__file__).with_name("frozen").joinpath(f"{new}.json").write_text(text, encoding="utf-8")
+        print(new)

@@ -24,6 +24,7 @@ from dsa_portable.conformance.judging.process import Judges
 from dsa_portable.conformance.report import environment, terminal, write
 from dsa_portable.conformance.report.build import report_of
 from dsa_portable.conformance.report.schema import CaseResult, Report, Run
+from dsa_portable.deprecated import renamed
 from dsa_portable.errors import BackendError, DSAError
 
 
@@ -34,7 +35,7 @@ class UsageError(DSAError, ValueError):
 def run(
     *,
     backend: str | None = None,
-    level: str = "core",
+    list: str = "core",
     out: str | Path = "dsa-report",
     cases: Sequence[str] = (),
     resume: bool = False,
@@ -43,20 +44,22 @@ def run(
     emulate: str | None = None,
     say: Callable[[str], None] = lambda line: None,
     command: str = "dsa_portable.conformance.run()",
+    level: str | None = None,
 ) -> Report:
     """Run a frozen list on a backend and write report.json, junit.xml and summary.md into `out`; returns the report.
 
-    backend: a name; else use_backend(), DSA_BACKEND, or cpu.  cases: only these of the list, ids or patterns as in a shell
-        (`index-*-decode-*`); the others are NOT_RUN.
+    backend: a name; else use_backend(), DSA_BACKEND, or cpu.  list: by full name (`core-2026.11`), or a family for its newest.
+    cases: only these of the list, ids or patterns as in a shell (`index-*-decode-*`); the others are NOT_RUN.
     resume: go on with what an interrupted run of the same list and backend recorded in `out`; `cases` are then asked again.
     jobs: processes that judge, else one for each core.  timeout_scale: multiplies every limit.
-    emulate: the chip that the backend stands in for, else DSA_EMULATE; evidence is then EMULATED.
+    emulate: the chip that the backend stands in for, else DSA_EMULATE; evidence is then EMULATED.  level: was list's name.
     Raises, before any case runs, UsageError, ListError, EmulationError, ResumeError, ReportDirectoryError, DeclarationError or
     BackendError.
     """
     if not (timeout_scale > 0 and math.isfinite(timeout_scale)):
         raise UsageError(f"--timeout-scale is {timeout_scale}, but a positive number is accepted; pass one.")
-    frozen, requested, folder = lists.load(level), registry.requested(backend), Path(out) / write.RECORDINGS
+    list = renamed("run(level=)", "run(list=)", level, list)
+    frozen, requested, folder = lists.load(list), registry.requested(backend), Path(out) / write.RECORDINGS
     wanted, declaration = frozen.matching(cases), registry.load(requested or "cpu")
     with emulating(declaration, emulate) as emulated, tempfile.TemporaryDirectory(prefix="dsa-portable-") as logs:
         write.prepare(Path(out))
@@ -67,7 +70,7 @@ def run(
                 declaration,
                 chip.hello,
                 [CASES[id] for id in frozen.cases],
-                list_name=level,
+                list_name=frozen.name,
                 list_sha256=frozen.sha256,
                 requested=requested or "",
                 emulate=emulated,
@@ -109,7 +112,10 @@ class _Session:
             judged = {id: self.judges.submit(self.subject, recorded[id]) for id in ids}
             try:
                 for id, row in judged.items():
-                    self._add(row.result(), recorded[id].result())
+                    self.rows[id], self.recordings[id] = row.result(), recorded[id].result()
+                    if id not in self.kept:
+                        since = datetime.now(timezone.utc) - self.started
+                        self.say(terminal.progress(self.rows[id], len(self.rows), len(ids), since.total_seconds()))
             except BackendError as exc:
                 self.stopped = f"the backend could not be started again: {exc}"
             except KeyboardInterrupt:
@@ -121,14 +127,6 @@ class _Session:
 
     def _record(self, id: str) -> Recording:
         return self.kept[id] if id in self.kept else self.chip.record(id)
-
-    def _add(self, row: CaseResult, recorded: Recording) -> None:
-        self.rows[row.id], self.recordings[row.id] = row, recorded
-        if row.id not in self.kept:
-            done = f"[{len(self.rows):>{len(str(len(self.wanted)))}}/{len(self.wanted)}]"
-            seconds = "" if row.seconds is None else f"{row.seconds:8.3f} s"
-            reason = f"  {terminal.one_line(row.reason)}" if row.reason else ""
-            self.say(f"{done} {row.status!s:11} {row.id:46}{seconds}{reason}")
 
     def report(self, command: str, timeout_scale: float) -> Report:
         """The report of the rows so far."""

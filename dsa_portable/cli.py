@@ -72,7 +72,13 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("conformance", help="run the conformance suite on a backend and write its report")
     run.add_argument("--backend", help="name; default: DSA_BACKEND, else cpu")
-    run.add_argument("--level", default="core", help="the list to run: smoke, core, deterministic or full (default core)")
+    run.add_argument(
+        "--list",
+        default="core",
+        metavar="NAME",
+        help="the list to run: core-2026.11 or another release, or a family (smoke, core, deterministic, full) for its newest",
+    )
+    run.add_argument("--level", help=argparse.SUPPRESS)  # the name that --list had; it goes in 0.2.0
     run.add_argument("--out", type=Path, help="report directory (default dsa-report, with --case dsa-report-case)")
     run.add_argument(
         "--case",
@@ -120,9 +126,12 @@ def _terminated(signum: int, frame: FrameType | None) -> None:
 
 def _conformance(options: argparse.Namespace) -> int:
     lists = importlib.import_module("dsa_portable.conformance.lists")
+    if options.level is not None:
+        print("dsa-portable: --level goes in dsa-portable 0.2.0; use --list.", file=sys.stderr)
+        options.list = options.level
     if options.list_cases:
         catalogue = importlib.import_module("dsa_portable.conformance.cases.catalogue")
-        for case_id in lists.load(options.level).cases:
+        for case_id in lists.load(options.list).cases:
             print(f"{case_id}\n    {catalogue.CASES[case_id].why} [{', '.join(catalogue.CASES[case_id].hazards)}]")
         return 0
     # A CI job that is cancelled sends SIGTERM; it leaves a report of what was done, as Ctrl-C does.
@@ -131,7 +140,7 @@ def _conformance(options: argparse.Namespace) -> int:
         print("no backend named (--backend, DSA_BACKEND): this run is of the cpu backend")
     report = importlib.import_module("dsa_portable.conformance").run(
         backend=options.backend,
-        level=options.level,
+        list=options.list,
         # A rerun of one case must not replace the report that named it.
         out=options.out or Path("dsa-report-case" if options.case else "dsa-report"),
         cases=options.case,

@@ -28,9 +28,17 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
-def _warn(former: str, successor: str) -> None:
-    # The third frame up is the caller's own line: this function and what was called under the former name are ours.
-    warnings.warn(f"{former} goes in dsa-portable 0.2.0; use {successor}.", DeprecationWarning, stacklevel=3)
+def renamed(former: str, successor: str, given: _T | None, value: _T) -> _T:
+    """The value of an argument that was renamed: what was given under its former name, with a warning, else `value`."""
+    if given is None:
+        return value
+    _warn(former, successor, ours=3)
+    return given
+
+
+def _warn(former: str, successor: str, *, ours: int = 2) -> None:
+    # The frame above `ours` is the caller's own line: this function and what was called under the former name are ours.
+    warnings.warn(f"{former} goes in dsa-portable 0.2.0; use {successor}.", DeprecationWarning, stacklevel=ours + 1)
 
 
 def _renamed(former: str, successor: str, function: Callable[_P, _T]) -> Callable[_P, _T]:

@@ -89,16 +89,16 @@ def dsa_portable(folder: Path, *arguments: object, **variables: str) -> subproce
 
 
 def conformance(
-    folder: Path, out: str, *arguments: object, cases: Sequence[str] = (), level: str = "smoke", **variables: str
+    folder: Path, out: str, *arguments: object, cases: Sequence[str] = (), list: str = "smoke", **variables: str
 ) -> tuple[subprocess.CompletedProcess[str], schema.Report]:
     """One run, with its report; the exit code is the report's and no file is left half-written."""
     chosen = [word for case in cases for word in ("--case", case)]
-    done = dsa_portable(folder, "conformance", "--level", level, "--out", out, *chosen, *arguments, **variables)
+    done = dsa_portable(folder, "conformance", "--list", list, "--out", out, *chosen, *arguments, **variables)
     assert (folder / out / "report.json").exists(), done.stdout + done.stderr
     report = schema.load(folder / out / "report.json")
     assert done.returncode == report.exit_code, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
-    assert not list((folder / out).rglob("*.tmp"))
+    assert not [*(folder / out).rglob("*.tmp")]
     return done, report
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise, product
@@ -634,24 +635,63 @@ def test_a_hazard_that_is_not_there_is_seen() -> None:
 
 # --- frozen lists ---
 
+ROOT = Path(__file__).resolve().parents[1]
+RELEASED = {
+    "smoke-2026.11": "573041e131f74fd8c59ec75f67466823a2fd129b6a78f70e1a31d406b940fb62",
+    "core-2026.11": "0692566a5478cece3c48673984a41ca3e1946879f51c6a3796a4c032b8ddf1e8",
+    "deterministic-2026.11": "0bf6330c49780641b79375bf7b63adf11c090bc95d02d97af5f5ada3b9c6cc9b",
+    "full-2026.11": "9929bf2107f0d9b42452225c20e75d9cde9e0d467ab0a40cf8fedae0204b8436",
+}
 
-def frozen_file(level: str) -> Path:
-    return Path(lists.__file__).parent / "lists" / f"{level}.json"
+
+def test_every_released_list_is_there_as_it_was_released() -> None:
+    assert {name: lists.load(name).sha256 for name in lists.released()} == RELEASED
 
 
-@pytest.mark.parametrize("level", ["smoke", *(pytest.param(n, marks=pytest.mark.slow) for n in ("core", "deterministic"))])
-def test_a_lock_file_is_what_freeze_makes(level: str) -> None:
-    assert lists.freeze(level) == json.loads(frozen_file(level).read_text(encoding="utf-8"))
+@pytest.mark.parametrize(
+    "name", ["smoke-2026.11", *(pytest.param(n, marks=pytest.mark.slow) for n in RELEASED if "smoke" not in n)]
+)
+def test_a_released_case_is_never_edited(name: str) -> None:
+    frozen = lists.load(name)
+    for id, sha256 in frozen.cases.items():
+        assert lists.inputs_sha256(id) == sha256, f"{id} is on {name}: leave it as it was, and give what is new another id"
 
 
-@pytest.mark.parametrize("level", LISTS)
-def test_a_lock_file_agrees_with_the_others(level: str) -> None:
+@pytest.mark.parametrize("family", LISTS)
+def test_a_family_is_its_newest_list_and_that_is_the_catalogue(family: str) -> None:
     """A case is frozen once: wherever it is listed it has the same inputs."""
-    every = {id: sha256 for other in LISTS for id, sha256 in lists.load(other).cases.items()}
-    frozen = lists.load(level)
-    assert frozen.name.startswith(f"{level}-2")
-    assert tuple(frozen.cases) == LISTS[level]
-    assert dict(frozen.cases) == {id: every[id] for id in LISTS[level]}
+    every = {id: sha256 for name in lists.released() for id, sha256 in lists.load(name).cases.items()}
+    frozen = lists.load(family)
+    assert frozen.family == family
+    assert frozen.name == [name for name in lists.released() if name.startswith(f"{family}-")][-1]
+    assert tuple(frozen.cases) == LISTS[family], "freeze a new list"
+    assert dict(frozen.cases) == {id: every[id] for id in LISTS[family]}
+
+
+def test_a_new_list_leaves_the_old_one_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was released can be run for ever: under another judging version and beside a newer list."""
+    frozen = tmp_path / "frozen"
+    shutil.copytree(ROOT / "conformance" / "frozen", frozen)
+    monkeypatch.setattr(lists, "files", lambda package: tmp_path)
+    monkeypatch.setattr(lists, "LISTS", {**LISTS, "smoke": LISTS["smoke"][:2]})
+    with pytest.raises(lists.ListError, match=r"^'smoke-2026.11' was passed, but a name of .* with a new date is accep"):
+        lists.freeze("smoke-2026.11")
+    stored = lists.freeze("smoke-2026.12")
+    (frozen / "smoke-2026.12.json").write_text(json.dumps(stored), encoding="utf-8")
+    monkeypatch.setattr(lists, "JUDGING_VERSION", "2")
+    newer, older = lists.load("smoke"), lists.load("smoke-2026.11")
+    assert (newer.name, tuple(newer.cases), newer.judging) == ("smoke-2026.12", LISTS["smoke"][:2], "1")
+    assert (older.sha256, older.judging, len(older.cases)) == (RELEASED["smoke-2026.11"], "1", 44)
+    assert lists.freeze("smoke-2027.01")["sha256"] != lists.freeze("smoke-2027.02")["sha256"]
+    stored["judging"] = "2"
+    (frozen / "smoke-2026.12.json").write_text(json.dumps(stored), encoding="utf-8")
+    with pytest.raises(lists.ListError, match=r"^frozen/smoke-2026.12.json is not the list that was released"):
+        lists.load("smoke")
+
+
+def test_the_judging_version_is_that_of_its_page() -> None:
+    page = (ROOT / "docs" / "judging.md").read_text(encoding="utf-8")
+    assert f"\nVersion {lists.JUDGING_VERSION}. " in page
 
 
 def test_smoke_grants_no_level() -> None:
@@ -682,29 +722,29 @@ def stripped(stored: dict[str, Any]) -> None:
 def test_a_tampered_lock_file_is_refused(
     tamper: Callable[[dict[str, Any]], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stored = json.loads(frozen_file("smoke").read_text(encoding="utf-8"))
-    (tmp_path / "lists").mkdir()
-    copy = tmp_path / "lists" / "smoke.json"
+    stored = json.loads((ROOT / "conformance" / "frozen" / "smoke-2026.11.json").read_text(encoding="utf-8"))
+    (tmp_path / "frozen").mkdir()
+    copy = tmp_path / "frozen" / "smoke-2026.11.json"
     monkeypatch.setattr(lists, "files", lambda package: tmp_path)
     copy.write_text(json.dumps(stored), encoding="utf-8")
     assert lists.load("smoke").sha256 == stored["sha256"]
     tamper(stored)
     copy.write_text(json.dumps(stored), encoding="utf-8")
-    with pytest.raises(lists.ListError, match=r"^the lock file .*smoke.* does not match the cases of this version; reinstall"):
+    with pytest.raises(lists.ListError, match=r"^frozen/smoke-2026.11.json is not the list that was released; reinstall"):
         lists.load("smoke")
 
 
 def test_a_cut_off_lock_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "lists").mkdir()
-    (tmp_path / "lists" / "smoke.json").write_text('{"name": "smoke-2026.11", "cases": [', encoding="utf-8")
+    (tmp_path / "frozen").mkdir()
+    (tmp_path / "frozen" / "smoke-2026.11.json").write_text('{"name": "smoke-2026.11", "cases": [', encoding="utf-8")
     monkeypatch.setattr(lists, "files", lambda package: tmp_path)
-    with pytest.raises(lists.ListError, match="does not match"):
+    with pytest.raises(lists.ListError, match="is not the list that was released"):
         lists.load("smoke")
 
 
-@pytest.mark.parametrize("level", ["", "Core", "fuller", "../lists/core"])
+@pytest.mark.parametrize("level", ["", "Core", "fuller", "../frozen/core-2026.11", "core-2026"])
 def test_an_unknown_level_is_refused_with_the_known_ones(level: str) -> None:
-    with pytest.raises(lists.ListError, match=f"^level {level!r} has no list, but {', '.join(LISTS)} have; name"):
+    with pytest.raises(lists.ListError, match=f"^list {level!r} was never released, but {', '.join(RELEASED)} were; name"):
         lists.load(level)
 
 
@@ -725,5 +765,5 @@ def test_patterns_name_the_cases_that_they_match_and_none_names_all() -> None:
 def test_an_unknown_case_is_refused_before_anything_runs(tmp_path: Path) -> None:
     out = tmp_path / "report"
     with pytest.raises(lists.ListError, match=r"^case 'nope' is not on the list smoke-\S+; see its ids with --list-cases.$"):
-        run_list(level="smoke", cases=["nope"], out=out)
+        run_list(list="smoke", cases=["nope"], out=out)
     assert not out.exists()

@@ -19,7 +19,7 @@ from dsa_portable.profile import Profile
 
 INDEX = ("lightning_index", "e4m3/f32/f32", "decode")
 ATTEND = ("sparse_attend", "bf16", "prefill")
-CORE = lists.FrozenList("core-2026.11", "core", {}, "c" * 64)
+CORE = lists.FrozenList("core-2026.11", {}, "c" * 64)
 DETERMINISTIC = Profile(ties="lowest", deterministic=True)
 Key = tuple[str, str, str]
 Used = Mapping[str, Any]
@@ -240,7 +240,7 @@ def test_a_profile_outside_the_envelopes() -> None:
 
 @pytest.mark.parametrize("level", LISTS)
 def test_which_lists_grant(level: str) -> None:
-    found = claim(INDEX, frozen=lists.FrozenList(f"{level}-2026.11", level, {}, "c" * 64))
+    found = claim(INDEX, frozen=lists.FrozenList(f"{level}-2026.11", {}, "c" * 64))
     if level == "smoke":
         assert (found.level, found.reason) == (None, "the list smoke-2026.11 grants no level")
     else:
@@ -249,7 +249,7 @@ def test_which_lists_grant(level: str) -> None:
 
 @pytest.mark.parametrize("profile", [Profile(), Profile(ties="lowest"), Profile(deterministic=True)])
 def test_the_deterministic_level_is_for_profiles_that_promise_it(profile: Profile) -> None:
-    frozen = lists.FrozenList("deterministic-2026.11", "deterministic", {}, "c" * 64)
+    frozen = lists.FrozenList("deterministic-2026.11", {}, "c" * 64)
     found = claim(INDEX, frozen=frozen, profile=profile)
     assert (found.level, found.reason) == (None, "the declared profile is not deterministic with ties to the lowest")
     assert claim(INDEX, profile=profile).level == "core-2026.11 exact"

@@ -18,7 +18,7 @@ from dsa_portable.conformance.cases.catalogue import CASES
 from tests import plugins
 
 SMALL = "index-e4m3-f32-f32-decode-out"
-RUN = ("conformance", "--level", "smoke", "--case", SMALL)
+RUN = ("conformance", "--list", "smoke", "--case", SMALL)
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
@@ -46,27 +46,27 @@ BAD: dict[str, tuple[Sequence[str], dict[str, str], int, str]] = {
         r"backend 'sdkless' cannot be imported \(ModuleNotFoundError: No module named 'no_such_sdk'\); "
         "run: pip install --force-reinstall sdkless_backend",
     ),
-    "unknown level": (
-        ("conformance", "--level", "cor"),
+    "unknown list": (
+        ("conformance", "--list", "cor"),
         {},
         2,
-        "level 'cor' has no list, but smoke, core.* have; name one with --level.",
+        "list 'cor' was never released, but smoke-2026.11, core-2026.11.* were; name one of them, or smoke, core, .*",
     ),
-    "unknown level of a list": (("conformance", "--level", "cor", "--list-cases"), {}, 2, "level 'cor' has no list, but smoke"),
+    "unknown list of cases": (("conformance", "--list", "cor", "--list-cases"), {}, 2, "list 'cor' was never released"),
     "unknown case": (
-        ("conformance", "--level", "smoke", "--case", "index-typo"),
+        ("conformance", "--list", "smoke", "--case", "index-typo"),
         {},
         2,
         "case 'index-typo' is not on the list smoke-.*; see its ids with --list-cases.",
     ),
     "a pattern of nothing": (
-        ("conformance", "--level", "smoke", "--case", "index-*-decode-out", "--case", "attend-f64-*"),
+        ("conformance", "--list", "smoke", "--case", "index-*-decode-out", "--case", "attend-f64-*"),
         {},
         2,
         r"pattern 'attend-f64-\*' matches no case of the list smoke-.*; see its ids with --list-cases.",
     ),
     "a case of another list": (
-        ("conformance", "--level", "smoke", "--case", "index-e4m3-f32-f32-decode-long"),
+        ("conformance", "--list", "smoke", "--case", "index-e4m3-f32-f32-decode-long"),
         {},
         2,
         "is not on",
@@ -172,7 +172,7 @@ def test_a_traceback_for_those_who_ask(tmp_path: Path, arguments: Sequence[str],
 
 
 def test_the_reader_of_a_pipe_may_leave(tmp_path: Path) -> None:
-    command = [plugins.COMMAND, "conformance", "--level", "core", "--list-cases"]
+    command = [plugins.COMMAND, "conformance", "--list", "core", "--list-cases"]
     process = subprocess.Popen(
         command, env=plugins.environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -193,10 +193,13 @@ def test_version(tmp_path: Path) -> None:
     assert subprocess.run(module, capture_output=True, text=True, check=True).stdout == done.stdout
 
 
-@pytest.mark.parametrize("level", ["smoke", "core"])
+@pytest.mark.parametrize("level", ["smoke", "core-2026.11"])
 def test_list_cases(tmp_path: Path, level: str) -> None:
-    done = plugins.dsa_portable(tmp_path, "conformance", "--level", level, "--list-cases")
-    assert done.returncode == 0
+    done = plugins.dsa_portable(tmp_path, "conformance", "--list", level, "--list-cases")
+    assert (done.returncode, done.stderr) == (0, "")
+    former = plugins.dsa_portable(tmp_path, "conformance", "--level", level, "--list-cases")
+    assert (former.returncode, former.stdout) == (0, done.stdout)
+    assert former.stderr == "dsa-portable: --level goes in dsa-portable 0.2.0; use --list.\n"
     shown = done.stdout.splitlines()
     assert shown[::2] == list(lists.load(level).cases)
     assert shown[1::2] == [f"    {CASES[id].why} [{', '.join(CASES[id].hazards)}]" for id in lists.load(level).cases]

@@ -18,11 +18,11 @@ from dsa_portable import caller, registry
 from dsa_portable.conformance import run
 
 ROOT = Path(__file__).resolve().parents[1]
-NO_LIST = "level 'none' has no list"
+NO_LIST = "list 'none' was never released"
 # Each prints something that only the real function says.
 BACKENDS = "print([s.name for s in {}()])"
 CONFORMANCE = f"""try:
-    {{}}(level='none')
+    {{}}({{}}='none')
 except dsa_portable.DSAError as exc:
     assert {NO_LIST!r} in str(exc), exc
     print('ran')"""
@@ -34,7 +34,7 @@ def ran(code: str) -> tuple[str, list[str]]:
     command = [sys.executable, "-W", "always::DeprecationWarning", "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done.stdout.strip(), [line for line in done.stderr.splitlines() if "DeprecationWarning: dsa_portable" in line]
+    return done.stdout.strip(), [line for line in done.stderr.splitlines() if "DeprecationWarning: " in line]
 
 
 @pytest.mark.parametrize("name", ["backends", "conformance"])
@@ -44,24 +44,33 @@ def test_a_former_call_works_and_warns_whatever_was_imported_first(first: str, n
         "backends": (BACKENDS, "dsa_portable.list_backends()", str(registry.names())),
         "conformance": (CONFORMANCE, "`from dsa_portable.conformance import run`", "ran"),
     }[name]
-    found, told = ran(f"import {first.format(name)}dsa_portable\n{use.format(f'dsa_portable.{name}')}")
+    found, told = ran(f"import {first.format(name)}dsa_portable\n{use.format(f'dsa_portable.{name}', 'list')}")
     assert found == expected
     at = 2 if name == "backends" else 3
     warning = f"dsa_portable.{name}() goes in dsa-portable 0.2.0; use {successor}."
     assert told == [f"<string>:{at}: DeprecationWarning: {warning}"], "one, and it names the line of the caller"
 
 
+def test_a_former_argument_works_and_warns() -> None:
+    call = CONFORMANCE.format("run", "level")
+    found, told = ran(f"import dsa_portable\nfrom dsa_portable.conformance import run\n{call}")
+    assert found == "ran"
+    assert told == ["<string>:4: DeprecationWarning: run(level=) goes in dsa-portable 0.2.0; use run(list=)."]
+
+
 @pytest.mark.parametrize("first", ["", "dsa_portable.backends, ", "dsa_portable.conformance, "])
 def test_the_new_names_are_silent(first: str) -> None:
     imports = f"import {first}dsa_portable\nfrom dsa_portable.conformance import run\nimport dsa_portable.caller\n"
-    calls = f"{BACKENDS.format('dsa_portable.list_backends')}\n{CONFORMANCE.format('run')}\nprint(dsa_portable.caller.rope)"
+    calls = (
+        f"{BACKENDS.format('dsa_portable.list_backends')}\n{CONFORMANCE.format('run', 'list')}\nprint(dsa_portable.caller.rope)"
+    )
     found, told = ran(imports + calls)
     assert found.splitlines()[:2] == [str(registry.names()), "ran"]
     assert told == []
 
 
 def test_the_suites_run_has_its_own_parameters() -> None:
-    assert {"backend", "level", "out", "cases", "emulate"} <= set(inspect.signature(run).parameters)
+    assert {"backend", "list", "out", "cases", "emulate"} <= set(inspect.signature(run).parameters)
     with pytest.raises(AttributeError, match=r"'dsa_portable\.conformance' has no attribute 'rum'"):
         _ = dsa_portable.conformance.rum
 

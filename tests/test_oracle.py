@@ -261,9 +261,9 @@ SMALL_INDEX = replace(INDEX, format="e4m3/f32/f32", heads=4, head_dim=8, content
 SMALL_ATTEND = replace(ATTEND, heads=2, dims=(12, 8), topk=16, sink=True, **PAGED)
 
 
-def wrong_heads(q: Array, k: Array, weights: Array) -> Array:
+def wrong_heads(q: Array, k: Array, *weights: Array) -> list[Array]:
     """The last head forgotten."""
-    return RIGHT_HEADS(q[:, :-1], k, weights[:, :-1])
+    return RIGHT_HEADS(q[:, :-1], k, *(of_heads[:, :-1] for of_heads in weights))
 
 
 def wrong_places(call: Call, request: int, positions: Array) -> Array:
@@ -298,10 +298,10 @@ def wrong_attention(
     return RIGHT_ATTENTION(q, kv, softmax_scale * (1 + 1e-9), value_dim, sink)
 
 
-RIGHT_HEADS, RIGHT_PLACES, RIGHT_ROWS, RIGHT_ATTENTION = oracle.head_sum, oracle.slots, oracle.rows, oracle.attention
+RIGHT_HEADS, RIGHT_PLACES, RIGHT_ROWS, RIGHT_ATTENTION = oracle.head_sums, oracle.slots, oracle.rows, oracle.attention
 RIGHT_SIGHT, RIGHT_OWNER = oracle_dense._sees, oracle_dense._owner_of_slots
 PLANTED = [
-    (oracle, "head_sum", wrong_heads, "index"),
+    (oracle, "head_sums", wrong_heads, "index"),
     (oracle, "slots", wrong_places, "index attend"),
     (oracle, "rows", wrong_rows, "index"),
     (oracle, "attention", wrong_attention, "attend"),

@@ -34,7 +34,7 @@ from dsa_portable.conformance.report.schema import (
     to_json,
     verdict_of,
 )
-from dsa_portable.conformance.report.terminal import header, table
+from dsa_portable.conformance.report.terminal import header, progress, table
 from dsa_portable.conformance.report.write import ReportDirectoryError, prepare, write
 from dsa_portable.errors import DSAError
 
@@ -473,6 +473,12 @@ def test_header_says_what_was_asked_for_and_what_runs() -> None:
     )
     assert "(asked for: nothing)" in header(unasked)
     assert "EMULATED, emulating Chip 7:" in header(unasked)
+
+
+def test_progress_says_how_far_it_is_and_how_long_it_takes() -> None:
+    row = case(1, F, reason="a\nb", seconds=1.5)
+    assert progress(row, 5, 20, 40.0) == f"[ 5/20    0:40,   2:00 left] FAIL        {row.id:46}   1.500 s  a b"
+    assert progress(row, 20, 20, 3700.0).startswith("[20/20   61:40,   0:00 left] ")
 
 
 def test_table_shows_claims_counts_and_every_failure_with_its_reproducer() -> None:

@@ -78,7 +78,7 @@ def test_the_first_and_the_last_line_carry_the_evidence(smoke: Run) -> None:
 
 
 def test_a_whole_run_has_a_line_and_a_recording_per_case(smoke: Run, folder: Path) -> None:
-    shown = re.findall(rf"^\[ *(\d+)/{CASES}\] PASS +(\S+)", smoke[0].stdout, re.MULTILINE)
+    shown = re.findall(rf"^\[ *(\d+)/{CASES}  .*\] PASS +(\S+)", smoke[0].stdout, re.MULTILINE)
     assert shown == [(str(i), row.id) for i, row in enumerate(smoke[1].cases, start=1)]
     subject = recording.load_subject(folder / "smoke" / "recordings")
     assert subject is not None
@@ -334,7 +334,7 @@ def index(request):
 attend = sparse_attend
 """
     plugins.module(tmp_path, "killer", "operators=OURS", source)
-    arguments = ("conformance", "--backend", "killer", "--level", "smoke", "--case", f"{HEAD}-decode-lengths", "--out", "out")
+    arguments = ("conformance", "--backend", "killer", "--list", "smoke", "--case", f"{HEAD}-decode-lengths", "--out", "out")
     assert plugins.dsa_portable(tmp_path, *arguments).returncode == 1
     out, left = tmp_path / "out", {"report.json", "junit.xml", "summary.md", "recordings", "failed"}
     assert {path.name for path in out.iterdir()} == left
@@ -389,7 +389,7 @@ def index(request):
 )
 def test_a_backend_that_does_not_start(tmp_path: Path, probe: str, message: str, scale: float) -> None:
     plugins.module(tmp_path, "shy", "probe=probe", f"def probe():\n    {probe}\n")
-    words = ("conformance", "--level", "smoke", "--backend", "shy", "--out", "out", "--timeout-scale", scale)
+    words = ("conformance", "--list", "smoke", "--backend", "shy", "--out", "out", "--timeout-scale", scale)
     done = plugins.dsa_portable(tmp_path, *words)
     assert done.returncode == 4
     assert re.fullmatch(f"dsa-portable: .*{message}.*\n", done.stderr)
@@ -475,7 +475,7 @@ def test_a_run_of_refusals_is_evidence_of_nothing(tmp_path: Path) -> None:
 def test_emulation_ends_with_its_run(tmp_path: Path) -> None:
     """A program may run the suite twice; what it emulated first must not stay on for a run that is to be HARDWARE."""
     plugins.module(tmp_path, "seen", "emulates=('chip9',)")
-    run = f"run(backend='seen', level='smoke', cases=['{SMALL}'], out='out', emulate={{}})"
+    run = f"run(backend='seen', list='smoke', cases=['{SMALL}'], out='out', emulate={{}})"
     code = f"import os\nfrom dsa_portable.conformance import run\nfirst = {run.format('chip9'.__repr__())}\n"
     code += "assert 'DSA_EMULATE' not in os.environ\n"
     code += f"second = {run.format(None)}\nprint(first.evidence, first.emulates, second.evidence, second.emulates)"
@@ -492,7 +492,7 @@ def test_emulation_ends_with_its_run(tmp_path: Path) -> None:
 
 def test_emulating_what_is_not_declared(tmp_path: Path) -> None:
     plugins.module(tmp_path, "seen", "emulates=('chip8', 'chip9')")
-    done = plugins.dsa_portable(tmp_path, "conformance", "--level", "smoke", "--backend", "seen", "--emulate", "chip7")
+    done = plugins.dsa_portable(tmp_path, "conformance", "--list", "smoke", "--backend", "seen", "--emulate", "chip7")
     assert done.returncode == 2
     assert done.stderr == (
         "dsa-portable: backend 'seen' emulates chip8, chip9, but --emulate chip7 was passed; name one of them.\n"
@@ -557,7 +557,7 @@ def test_all_cases_of_the_one_declared_format_earn_its_claims_and_not_the_list(t
     """Whoever selects what can pass saves the time of many refusals, and must not lose the report for it."""
     plugins.module(tmp_path, "half", "capabilities=lambda device: FEW", HALF)
     cases = [id for id in lists.load("core").cases if id.startswith("attend-f16-")]
-    done, report = conformance(tmp_path, "out", "--backend", "half", cases=cases, level="core")
+    done, report = conformance(tmp_path, "out", "--backend", "half", cases=cases, list="core")
     assert {id: row.status for id, row in seen(report).items()} == dict.fromkeys(cases, Status.PASS)
     assert {claim.level for claim in report.claims} == {f"{report.list.name} exact"}
     assert (done.returncode, report.level) == (3, None)
@@ -578,7 +578,7 @@ def facts(report: Report) -> list[tuple[object, ...]]:
 def test_a_run_that_is_interrupted_three_times_ends_as_one_that_is_not(little: tuple[Path, Run]) -> None:
     """All of it in Triton's interpreter, which changes what the run is evidence of and nothing else."""
     folder, (whole, expected) = little
-    words = ("conformance", "--backend", "little", "--level", "smoke", "--out", "parts")
+    words = ("conformance", "--backend", "little", "--list", "smoke", "--out", "parts")
     interpreted = {"TRITON_INTERPRET": "1"}
     paced = interpreted | {"PACE": "0.15"}
     kept: dict[str, schema.CaseResult] = {}
@@ -613,15 +613,15 @@ def test_resuming_what_is_another_run(smoke: Run, folder: Path, tmp_path: Path) 
     before = (folder / "smoke" / "recordings" / "subject.json").read_bytes()
     words = ("conformance", "--resume", "--out")
     refused = [
-        (("--level", "smoke", "--backend", "twin", *words[3:]), {}, "backend"),
-        (("--level", "core", "--backend", "cpu"), {}, "list, profiles"),
-        (("--level", "smoke", "--backend", "cpu"), {"DSA_CPU_ENGINE": "numpy"}, "device, variables"),
+        (("--list", "smoke", "--backend", "twin", *words[3:]), {}, "backend"),
+        (("--list", "core", "--backend", "cpu"), {}, "list, profiles"),
+        (("--list", "smoke", "--backend", "cpu"), {"DSA_CPU_ENGINE": "numpy"}, "device, variables"),
     ]
     for arguments, variables, what in refused:
         done = plugins.dsa_portable(tmp_path, *words, folder / "smoke", *arguments, DSA_BACKEND="cpu", **variables)
         assert done.returncode == 2
         assert re.fullmatch(rf"dsa-portable: the run in .* had another {what}; resume it as it was, .*\n", done.stderr)
-    done = plugins.dsa_portable(tmp_path, *words, "new", "--level", "smoke", "--backend", "cpu")
+    done = plugins.dsa_portable(tmp_path, *words, "new", "--list", "smoke", "--backend", "cpu")
     assert done.returncode == 2
     assert done.stderr == "dsa-portable: new holds no interrupted run, but --resume was passed; leave it out.\n"
     assert (folder / "smoke" / "recordings" / "subject.json").read_bytes() == before
@@ -631,7 +631,7 @@ def test_an_interrupt_leaves_no_process_behind(tmp_path: Path) -> None:
     """The backend hangs in its probe, which is when people press Ctrl-C; no terminal reaches its process, the run must."""
     source = "def probe():\n    Path(__file__).with_name('pid').write_text(str(os.getpid()))\n    time.sleep(3600)\n"
     plugins.module(tmp_path, "stuck", "probe=probe", source)
-    arguments = [plugins.COMMAND, "conformance", "--level", "smoke", "--backend", "stuck"]
+    arguments = [plugins.COMMAND, "conformance", "--list", "smoke", "--backend", "stuck"]
     process = subprocess.Popen(
         arguments, cwd=tmp_path, env=plugins.environment(tmp_path), stderr=subprocess.PIPE, text=True, preexec_fn=plugins.listen
     )
@@ -740,7 +740,7 @@ def caught() -> Iterator[dict[str, str]]:
 def test_a_planted_fault_is_caught(tmp_path: Path, caught: dict[str, str], name: str) -> None:
     change, cases = FAULTS[name]
     plugins.copy_of_cpu(tmp_path, "faulty", change)
-    done, report = conformance(tmp_path, "out", cases=cases, level="core", DSA_BACKEND="faulty")
+    done, report = conformance(tmp_path, "out", cases=cases, list="core", DSA_BACKEND="faulty")
     failed = [row for row in report.cases if row.status is not Status.NOT_RUN and row.status is not Status.PASS]
     assert [(row.id, row.status) for row in failed] == [(cases[-1], Status.FAIL)], "the last case catches it, and it alone"
     assert done.returncode == 1
@@ -751,7 +751,7 @@ def test_a_planted_fault_is_caught(tmp_path: Path, caught: dict[str, str], name:
 def test_the_copy_without_a_fault_passes(tmp_path: Path) -> None:
     plugins.copy_of_cpu(tmp_path, "faultless")
     cases = sorted({case for _, cases in FAULTS.values() for case in cases})
-    _, report = conformance(tmp_path, "out", cases=cases, level="core", DSA_BACKEND="faultless")
+    _, report = conformance(tmp_path, "out", cases=cases, list="core", DSA_BACKEND="faultless")
     assert {id: row.reason for id, row in seen(report).items()} == dict.fromkeys(cases, "")
 
 

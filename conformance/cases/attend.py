@@ -51,6 +51,7 @@ class AttendCase(SingleCall):
     topk_length: bool = False
     every_key: bool = False  # every key holds numbers, as the indices are not known when the case is built
     options: tuple[tuple[str, Any], ...] = ()  # return_lse, out
+    smoke: bool = False  # a case of the smoke list too
 
     operator = "sparse_attend"
 

@@ -62,7 +62,7 @@ def _elsewhere(options: Iterable[Case], formats: tuple[str, ...], tried: str) ->
             scaled = not getattr(case, "visible_nan", False) or not format.endswith("/-")
             wide = not isinstance(case, AttendCase) or case.dims == (576, 512) or format in ("f16", "f32")
             if format != tried and fits and scaled and wide and isinstance(case, (IndexCase, AttendCase)):
-                yield named(case, format)
+                yield replace(named(case, format), smoke=False)
 
 
 def _symmetries() -> Iterable[RelationCase]:

@@ -50,6 +50,7 @@ class IndexCase(SingleCall):
     causal: bool = True
     visible_nan: bool = False
     options: tuple[tuple[str, Any], ...] = ()  # return_scores, sorted, out
+    smoke: bool = False  # a case of the smoke list too
 
     operator = "lightning_index"
 

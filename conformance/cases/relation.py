@@ -298,6 +298,7 @@ class PipelineCase:
     hazards: tuple[str, ...]
     index: IndexCase
     attend: AttendCase
+    smoke: bool = False  # a case of the smoke list too
 
     operator = "sparse_attend"
 

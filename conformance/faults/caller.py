@@ -285,7 +285,7 @@ def _selection(layer: Layer) -> list[Array]:
     rows, keys = positions()
     q = rope(layer.index_q.astype(np.float64), rows, style=INDEXER.style, dims=INDEXER.dims)
     k = rope(layer.index_k.astype(np.float64), keys, style=INDEXER.style, dims=INDEXER.dims)
-    scores = oracle.head_sum(q, k, layer.head_weights.astype(np.float64))
+    scores = oracle.head_sums(q, k, layer.head_weights.astype(np.float64))[0]
     return [np.argsort(-scores[i, : position + 1], kind="stable")[:TOPK] for i, position in enumerate(rows)]
 
 

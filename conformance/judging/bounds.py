@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -136,6 +137,21 @@ class Operands:
         """[n, value_dim]."""
         return self.kv[:, : self.value_dim]
 
+    @cached_property
+    def dots(self) -> Float64:
+        """[Hq, n]: q . k."""
+        return np.asarray(self.q @ self.kv.T)
+
+    @cached_property
+    def square_dots(self) -> Float64:
+        """[Hq, n]: sum_d q_d^2 k_d^2."""
+        return np.asarray((self.q * self.q) @ (self.kv * self.kv).T)
+
+    @cached_property
+    def value_squares(self) -> Float64:
+        """[n, value_dim]."""
+        return self.values * self.values
+
 
 def attention_bound(profile: Profile, row: Operands, dtype: str) -> RowBound:
     """Bound (B) and lse bound (L) of one row."""
@@ -146,7 +162,7 @@ def attention_bound(profile: Profile, row: Operands, dtype: str) -> RowBound:
     lam = (dot_gamma(profile.accumulator, dim, EXTRA_OPERATIONS) + row.kv_unit + _rounding(profile.logit)) * magnitudes
     total = p.sum(axis=1)
     # sum p |v - o| <= sqrt(sum p * sum p (v - o)^2), expanded so that it is one matrix product; the sink is a key of value 0.
-    spread = p @ (v * v) - 2 * out * (p @ v) + total[:, None] * out * out
+    spread = p @ row.value_squares - 2 * out * out + total[:, None] * out * out
     spread = np.sqrt(np.maximum(spread, 0) * np.maximum(total[:, None], 0)) + (1 - total)[:, None].clip(0) * abs(out)
     # Beyond e^600 the bound says nothing, and must not become inf times 0.
     theta = np.expm1(np.minimum(2 * lam, 600)) + 2 * profile.exp_ulp * 2.0**-24
@@ -176,7 +192,7 @@ def _logit_walk(profile: Profile, row: Operands) -> Float64:
     A step rounds the running sum, which wanders by the products and drifts to the dot product.
     """
     unit = profile.accumulator.unit_roundoff
-    steps = (row.q * row.q) @ (row.kv * row.kv).T + (row.q @ row.kv.T) ** 2 / 3
+    steps = row.square_dots + row.dots**2 / 3
     return np.asarray(unit * unit * row.kv.shape[1] * row.softmax_scale**2 * steps)
 
 
@@ -188,10 +204,10 @@ def error_floor(profile: Profile, row: Operands, dtype: str) -> Float64:
     rounding of lse (the keys' own), which exp(x - lse) and merging splits by lse cost.
     """
     v, out = row.values, row.out
-    distance = (v * v).sum(axis=1) - 2 * (out @ v.T) + (out * out).sum(axis=1, keepdims=True)
+    distance = row.value_squares.sum(axis=1) - 2 * (out @ v.T) + (out * out).sum(axis=1, keepdims=True)
     squared = row.p * row.p
     logits = np.sqrt((squared * _logit_walk(profile, row) * np.maximum(distance, 0)).sum(axis=1))
-    probabilities = _rounding(profile.p) / 2 * np.sqrt(squared @ (v * v).sum(axis=1))
+    probabilities = _rounding(profile.p) / 2 * np.sqrt(squared @ row.value_squares.sum(axis=1))
     relative = np.maximum(max(UNIT_ROUNDOFF[dtype] / 2, 8 * profile.accumulator.unit_roundoff), 2.0**-24 * abs(row.lse))
     whole = relative * np.linalg.norm(out, axis=1)
     # Outputs that a sink has pressed to the end of float32's range keep no relative accuracy, as in (B).
@@ -204,8 +220,8 @@ def lse_floor(profile: Profile, row: Operands) -> Float64:
 
     sqrt(sum_j p_j^2 (tau_j^2 + that of kv + that of p_j, if the normaliser sums it rounded)), exp's error, and two roundings.
     """
-    scaled = row.softmax_scale**2 * ((row.q * row.q) @ (row.kv * row.kv).T)
-    p = np.exp(row.softmax_scale * (row.q @ row.kv.T) - row.lse[:, None])
+    scaled = row.softmax_scale**2 * row.square_dots
+    p = np.exp(row.softmax_scale * row.dots - row.lse[:, None])
     u_p = _rounding(profile.p) if profile.normaliser == "rounded" else 0.0
     walk = _logit_walk(profile, row) + row.kv_unit**2 * scaled + u_p**2
     return np.asarray(np.sqrt((p * p * walk).sum(axis=1)) + 2.0**-24 * (profile.exp_ulp + 2 * abs(row.lse)))

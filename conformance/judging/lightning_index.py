@@ -49,8 +49,7 @@ class IndexReference:
 
     def _rows(self) -> Iterator[tuple[int, IndexFacts]]:
         emulated = emulator.index_scores(self.call, self.profile)
-        kinds = (oracle.index_scores(self.call, f) for f in (_as_is, _weights_only, _all_magnitudes))
-        for (block, low, scores), (_, _, weighted), (_, _, magnitude) in zip(*kinds, strict=True):
+        for block, low, (scores, weighted, magnitude) in oracle.index_sums(self.call, _sums):
             for i, row in enumerate(range(block.start, block.stop)):
                 start, end = self.spans[row]
                 seen = slice(start - low, end - low)
@@ -262,13 +261,7 @@ class IndexJudge:
                 )
 
 
-def _as_is(q: Array, k: Array, w: Array) -> tuple[Array, Array, Array]:
-    return q, k, w
-
-
-def _weights_only(q: Array, k: Array, w: Array) -> tuple[Array, Array, Array]:
-    return q, k, abs(w)
-
-
-def _all_magnitudes(q: Array, k: Array, w: Array) -> tuple[Array, Array, Array]:
-    return abs(q), abs(k), abs(w)
+def _sums(q: Float64, k: Float64, weights: Float64) -> list[Float64]:
+    """The scores, the same of |weights|, and those of all magnitudes: the bounds need them all (judging 3.1)."""
+    magnitudes = abs(weights)
+    return [*oracle.head_sums(q, k, weights, magnitudes), *oracle.head_sums(abs(q), abs(k), magnitudes)]

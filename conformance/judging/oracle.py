@@ -16,7 +16,7 @@ from dsa_portable.formats import layout, unpack
 
 Float64: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 Int64: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
-Operands: TypeAlias = Callable[[Float64, Float64, Float64], tuple[Float64, Float64, Float64]]
+Sums: TypeAlias = Callable[[Float64, Float64, Float64], list[Float64]]
 
 ROWS, TILE = 16, 2048
 
@@ -43,10 +43,11 @@ def slots(call: Call, request: int, positions: Int64) -> Int64:
     return np.asarray(table[positions // size] * size + positions % size)
 
 
-def head_sum(q: Float64, k: Float64, weights: Float64) -> Float64:
-    """[T, n]: sum_h weights[t,h] * relu(q[t,h,:] . k[n,:])."""
-    dots = np.maximum(q.reshape(-1, q.shape[2]) @ k.T, 0).reshape(q.shape[0], q.shape[1], len(k))
-    return np.asarray(np.matmul(weights[:, None, :], dots)[:, 0, :])
+def head_sums(q: Float64, k: Float64, *weights: Float64) -> list[Float64]:
+    """[T, n] for each weights [T, H]: sum_h weights[t,h] * relu(q[t,h,:] . k[n,:])."""
+    dots = (q.reshape(-1, q.shape[2]) @ k.T).reshape(q.shape[0], q.shape[1], len(k))
+    np.maximum(dots, 0, out=dots)
+    return [np.matmul(of_heads[:, None, :], dots)[:, 0, :] for of_heads in weights]
 
 
 def index_keys(call: Call, request: int, positions: Int64) -> tuple[Float64, Float64]:
@@ -59,17 +60,25 @@ def index_keys(call: Call, request: int, positions: Int64) -> tuple[Float64, Flo
     return keys, np.ones(len(keys)) if scale is None else scale.reshape(-1)[where].astype(np.float64)
 
 
-def index_scores(call: Call, operands: Operands = lambda q, k, w: (q, k, w)) -> Iterator[tuple[slice, int, Float64]]:
-    """(rows, first position, scores [rows, n]) of a few rows of one request at a time; `operands` may change what is scored."""
+def index_scores(call: Call) -> Iterator[tuple[slice, int, Float64]]:
+    """(rows, first position, scores [rows, n]) of a few rows of one request at a time."""
+    for block, low, (scores,) in index_sums(call, head_sums):
+        yield block, low, scores
+
+
+def index_sums(call: Call, sums: Sums) -> Iterator[tuple[slice, int, list[Float64]]]:
+    """As `index_scores`, for every sum over heads that `sums(q, k, weights)` makes, each times the keys' scales."""
     by_request = [list(group) for _, group in groupby(rows(call), key=lambda span: span[1])]
     for mine in (group[i : i + ROWS] for group in by_request for i in range(0, len(group), ROWS)):
         low, high = min(span[2] for span in mine), max(span[3] for span in mine)
-        block, tiles = slice(mine[0][0], mine[-1][0] + 1), []
+        block, tiles = slice(mine[0][0], mine[-1][0] + 1), list[list[Float64]]()
         q, weights = (call.arrays[name][block].astype(np.float64) for name in ("q", "weights"))
         for tile in range(low, high, TILE):
             k, scale = index_keys(call, mine[0][1], np.arange(tile, min(tile + TILE, high)))
-            tiles.append(head_sum(*operands(q, k, weights)) * scale)
-        yield block, low, np.concatenate([np.empty((len(mine), 0)), *tiles], axis=1)
+            tiles.append([found * scale for found in sums(q, k, weights)])
+        if not tiles:
+            tiles.append(sums(q, np.empty((0, q.shape[2])), weights))
+        yield block, low, [np.concatenate(parts, axis=1) for parts in zip(*tiles, strict=True)]
 
 
 def attention_row(call: Call, row: int, request: int) -> tuple[Float64, Int64]:

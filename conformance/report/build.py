@@ -44,8 +44,11 @@ def report_of(
         evidence=evidence,
         evidence_reason=reason,
         emulates=subject.emulate,
+        judging=lists.JUDGING_VERSION,
         level=level,
-        list=ListRef(name=frozen.name, sha256=frozen.sha256, cases=len(rows), executed=schema.executed(rows)),
+        list=ListRef(
+            name=frozen.name, sha256=frozen.sha256, judging=frozen.judging, cases=len(rows), executed=schema.executed(rows)
+        ),
         claims=earned,
         cases=rows,
         counts=schema.tally(rows),

@@ -104,13 +104,13 @@ def _obstacle(
     counts = tally(rows)
     if spoilt := [f"{counts[status]} {status}" for status in NOT_GRANTED_WITH if counts[status]]:
         return f"{', '.join(spoilt)} of {len(rows)} cases"
-    if frozen.level not in lists.GRANTING:
+    if frozen.family not in lists.GRANTING:
         return f"the list {frozen.name} grants no level"
     if profile.envelope is None:
         return f"the declared profile lies in no envelope ({', '.join(ENVELOPES)})"
     if evidence is not Evidence.HARDWARE:
         return f"evidence is {evidence}"
-    if frozen.level == "deterministic" and not (profile.profile["deterministic"] and profile.profile["ties"] == "lowest"):
+    if frozen.family == "deterministic" and not (profile.profile["deterministic"] and profile.profile["ties"] == "lowest"):
         return "the declared profile is not deterministic with ties to the lowest"
     declared = capabilities.get(profile.operator, {})
     passed = [row.features for row in rows if row.status is Status.PASS]

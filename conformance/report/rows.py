@@ -30,7 +30,7 @@ def row_of(
     """The row of a case of the subject's list."""
     frozen = lists.load(subject.list_name)
     emulate = f" --emulate {shlex.quote(subject.emulate)}" if subject.emulate else ""
-    command = f"dsa-portable conformance --level {frozen.level} --case {case.id}{emulate}"
+    command = f"dsa-portable conformance --list {frozen.name} --case {case.id}{emulate}"
     return CaseResult(
         id=case.id,
         operator=case.operator,

@@ -259,6 +259,7 @@ class ListRef(_Model):
 
     name: Line
     sha256: Sha256
+    judging: Named = Field(default="1", description="The version of docs/judging.md that the list was frozen under")
     cases: NonNegativeInt
     executed: NonNegativeInt
 
@@ -373,6 +374,7 @@ class Report(_Model):
     evidence: Evidence = Field(description="Set by the runner, never by the backend")
     evidence_reason: Named
     emulates: Named | None = Field(description="The chip whose numerics were emulated; null otherwise")
+    judging: Named = Field(default="1", description="The version of docs/judging.md that judged")
     level: Named | None = Field(description="Null unless every claim is granted, on HARDWARE")
     list: ListRef
     claims: _Claims

@@ -42,6 +42,20 @@ def header(run: Report) -> str:
     return "\n".join([one_line(first), *(_field(name, text, 10) for name, text in rows)])
 
 
+def progress(case: CaseResult, done: int, of: int, elapsed: float) -> str:
+    """A judged case as a line: how many are done, the time since the start, how long the others need at this rate."""
+    width, left = len(str(of)), elapsed / done * (of - done)
+    seconds = "" if case.seconds is None else f"{case.seconds:8.3f} s"
+    reason = f"  {one_line(case.reason)}" if case.reason else ""
+    clock = f"{_clock(elapsed)}, {_clock(left)} left"
+    return f"[{done:>{width}}/{of}  {clock}] {case.status!s:11} {case.id:46}{seconds}{reason}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes:3}:{rest:02}"
+
+
 def grouped(cases: Iterable[CaseResult], status: Status) -> list[tuple[str, int]]:
     """The reasons of the cases of one status with their counts, the commonest first."""
     return Counter(one_line(case.reason) for case in cases if case.status is status).most_common()

@@ -45,7 +45,7 @@ def test_a_sample_of_core_is_emulated_and_earns_no_level(tmp_path: Path, chip: s
 
 
 def test_smoke_passes_or_is_refused_as_declared(tmp_path: Path) -> None:
-    done = run(tmp_path, COMMAND, "conformance", "--level", "smoke", "--emulate", "A2", "--out", "out")
+    done = run(tmp_path, COMMAND, "conformance", "--list", "smoke", "--emulate", "A2", "--out", "out")
     report = schema.load(tmp_path / "out" / "report.json")
     assert done.returncode == 0, done.stdout
     assert {row.status for row in report.cases} == {Status.PASS, Status.UNSUPPORTED}
