@@ -68,7 +68,7 @@ def verdict(
 ) -> Verdict:
     with np.errstate(all="ignore"):
         case, call, reference = judged_against(case_id, profile, requests)
-        return judge_call(case, call, kernel(profile).run(call), profile, reference)
+        return judge_call(case, call, kernel(profile).run(call), reference)
 
 
 @dataclass(frozen=True)

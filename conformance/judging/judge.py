@@ -17,7 +17,7 @@ from dsa_portable.conformance.cases.catalogue import Case
 from dsa_portable.conformance.execute.recording import Recording, Subject
 from dsa_portable.conformance.judging.lightning_index import IndexJudge, IndexReference
 from dsa_portable.conformance.judging.rules import Verdict
-from dsa_portable.conformance.judging.sparse_attend import AttendJudge, AttendReference
+from dsa_portable.conformance.judging.sparse_attend import AttendFacts, AttendJudge, AttendReference
 from dsa_portable.conformance.report import claims
 from dsa_portable.conformance.report.rows import row_of
 from dsa_portable.conformance.report.schema import CaseResult
@@ -26,9 +26,11 @@ from dsa_portable.profile import Profile
 Reference: TypeAlias = IndexReference | AttendReference
 
 
-def reference_of(case: Case, call: Call, profile: Profile) -> Reference:
+def reference_of(case: Case, call: Call, profile: Profile, shared: dict[Any, AttendFacts] | None = None) -> Reference:
     """What this call's outputs are judged against; worth keeping where many outputs of one call are judged."""
-    return (IndexReference if call.operator == "lightning_index" else AttendReference)(case, call, profile)
+    if call.operator == "lightning_index":
+        return IndexReference(case, call, profile)
+    return AttendReference(case, call, profile, shared)
 
 
 def judge_calls(
@@ -36,14 +38,14 @@ def judge_calls(
     calls: Sequence[Call],
     outputs: Sequence[Outputs],
     profile_of: Callable[[Call], Profile],
-    references: Sequence[Reference] = (),
 ) -> Verdict:
     """Judge every call of a case by itself and by its own profile, then whether the calls agree."""
     verdict = Verdict()
+    shared: dict[Any, AttendFacts] | None = {} if len(calls) > 1 else None
     for i, (call, found) in enumerate(zip(calls, outputs, strict=True)):
         if any(call is earlier for earlier in calls[:i]):
             continue  # A rerun: judged once, and compared below.
-        single = judge_call(case, call, found, profile_of(call), references[i] if references else None)
+        single = judge_call(case, call, found, reference_of(case, call, profile_of(call), shared))
         verdict.metrics = single.metrics | verdict.metrics
         for rows in ("selective_rows", "vacuous_rows"):
             if getattr(single, rows) is not None:
@@ -57,12 +59,12 @@ def judge_calls(
     return verdict
 
 
-def judge_call(case: Case, call: Call, outputs: Outputs, profile: Profile, reference: Reference | None = None) -> Verdict:
-    """Judge one call's outputs (`indices`, `scores`, `out`, `lse`: those the call returns)."""
+def judge_call(case: Case, call: Call, outputs: Outputs, against: Profile | Reference) -> Verdict:
+    """Judge one call's outputs (`indices`, `scores`, `out`, `lse`: those the call returns) by a profile, or its reference."""
     verdict = Verdict()
     if not _shapes(call, outputs, verdict):
         return verdict
-    reference = reference or reference_of(case, call, profile)
+    reference = reference_of(case, call, against) if isinstance(against, Profile) else against
     if isinstance(reference, IndexReference):
         IndexJudge(reference, outputs, verdict).run()
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -33,8 +34,9 @@ class AttendFacts:
 class AttendReference:
     """Everything about a call that does not depend on what a backend returned; rows are made when they are first asked for."""
 
-    def __init__(self, case: Case, call: Call, profile: Profile) -> None:
+    def __init__(self, case: Case, call: Call, profile: Profile, shared: dict[Any, AttendFacts] | None = None) -> None:
         self.call, self.profile, self.exact = call, profile, case.exact
+        self.shared = shared  # facts by the bytes they follow from, of all calls of a case; None: not worth it
         self.dtype = call.arrays["q"].dtype.name
         self.owners = {row: request for row, request, _, _ in oracle.rows(call)}
         self._rows: dict[int, AttendFacts | None] = {}
@@ -42,9 +44,23 @@ class AttendReference:
     def row(self, row: int) -> AttendFacts | None:
         """None where no valid index stands."""
         if row not in self._rows:
-            kv = oracle.attention_row(self.call, row, self.owners[row])[0] if row in self.owners else np.empty((0, 0))
-            self._rows[row] = self._row(row, kv) if len(kv) else None
+            self._rows[row] = self._facts(row, self.owners[row]) if row in self.owners else None
         return self._rows[row]
+
+    def _facts(self, row: int, request: int) -> AttendFacts | None:
+        kv, positions = oracle.attention_row(self.call, row, request)
+        if not len(kv):
+            return None
+        if self.shared is None:
+            return self._row(row, kv)
+        # Other pages, another place in the batch, another chunk: the same bytes all the same, and so the same facts.
+        memory, sink = self.call.arrays["kv"], self.call.arrays.get("attn_sink")
+        held = memory.reshape(-1, memory.shape[-1])[oracle.slots(self.call, request, positions)]
+        sinks = b"" if sink is None else sink.tobytes()
+        key = (self.call.arrays["q"][row].tobytes(), held.tobytes(), sinks, self.profile, json.dumps(dict(self.call.options)))
+        if key not in self.shared:
+            self.shared[key] = self._row(row, kv)
+        return self.shared[key]
 
     def _row(self, row: int, kv: Float64) -> AttendFacts:
         options, sink, profile = self.call.options, self.call.arrays.get("attn_sink"), self.profile
