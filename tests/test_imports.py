@@ -127,8 +127,8 @@ def test_a_planted_import_is_seen(tmp_path: Path, file: str, line: str, is_fine:
 
 
 # The suite's rooms from the roof down: each may import those below it, and no arrow runs back up.
-FLOORS = ("conftest", "session", "faults", "bench", "judging", "report", "execute", "lists", "hosts", "cases")
-MOST_ARROWS = 20
+FLOORS = ("conftest", "session", "faults", "selftest", "bench", "judging", "report", "execute", "lists", "hosts", "cases")
+MOST_ARROWS = 22  # 20 without faults/, whose contents move to selftest/
 
 
 def arrows(root: Path) -> set[tuple[str, str]]:

@@ -1,0 +1,77 @@
+"""A planted fault is an edit of a text that stands there once: of the honest kernel, or of any backend's own files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsa_portable.conformance.cases.call import Call
+from dsa_portable.errors import DSAError
+from dsa_portable.profile import Profile
+
+KERNEL = Path(__file__).with_name("kernel.py")
+# (text that stands there once, text instead)
+Edit = tuple[str, str]
+
+
+class PlantError(DSAError, LookupError):
+    """The text of an edit does not stand where it should, or stands there more than once."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What goes wrong, as an edit: `old` becomes `new`, then each of `more`; `stands_for` is a public bug (repo#number)."""
+
+    code: str
+    title: str
+    old: str
+    new: str
+    stands_for: str = ""
+    more: tuple[Edit, ...] = ()
+
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        """All of them, in order."""
+        return ((self.old, self.new), *self.more)
+
+
+def edited(text: str, edits: Sequence[Edit], where: str) -> str:
+    """The text with every edit made. Raises PlantError."""
+    for old, new in edits:
+        if (count := text.count(old)) != 1:
+            raise PlantError(f"{where} holds {old!r} {count} times, but an edit needs it once; mend the edit.")
+        text = text.replace(old, new)
+    return text
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The honest kernel, or it with a fault: outputs by name from a call."""
+
+    namespace: Mapping[str, Any]
+    profile: Profile
+
+    def run(self, call: Call) -> dict[str, np.ndarray[Any, Any]]:
+        """The call's outputs, as a careless chip computes them: no floating-point warning."""
+        with np.errstate(all="ignore"):
+            outputs: dict[str, np.ndarray[Any, Any]] = self.namespace[call.operator](call, self.profile)
+        return outputs
+
+
+@cache
+def _source() -> str:
+    return KERNEL.read_text(encoding="utf-8")
+
+
+def kernel(profile: Profile, fault: Fault | None = None, names: Mapping[str, Any] | None = None) -> Kernel:
+    """A fresh kernel; edits may use `names` beside its own. Raises PlantError."""
+    where = f"kernel.py, for {fault.code}" if fault else "kernel.py"
+    text = edited(_source(), fault.edits if fault else (), where)
+    namespace: dict[str, Any] = {**(names or {}), "__name__": "planted"}
+    exec(compile(text, where, "exec"), namespace)
+    return Kernel(namespace, profile)
