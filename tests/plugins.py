@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sysconfig
@@ -14,11 +12,10 @@ from pathlib import Path
 
 from dsa_portable import registry
 from dsa_portable.conformance.report import schema
+from dsa_portable.conformance.selftest.plant import FileEdit, plant
 
 SCRIPTS = sysconfig.get_path("scripts")
 COMMAND = str(Path(SCRIPTS) / "dsa-portable")
-# A fault in a copy of the CPU backend: (file, text that stands there once, text instead).
-Change = tuple[str, str, str]
 
 # A small plug-in borrows everything from the CPU backend but what `changes` says.
 MODULE = """
@@ -54,22 +51,11 @@ def module(folder: Path, name: str, changes: str = "", source: str = "") -> None
     (folder / f"{package}.py").write_text(MODULE.format(package=package, name=name, changes=changes, source=source))
 
 
-def copy_of_cpu(folder: Path, name: str, *changes: Change) -> None:
-    """Install a copy of the CPU backend with texts replaced; raises LookupError for a text that does not stand there once."""
+def copy_of_cpu(folder: Path, name: str, *changes: FileEdit) -> None:
+    """Install a copy of the CPU backend with texts replaced; raises PlantError for a text that does not stand there once."""
     package = f"{name}_backend"
-    spec = importlib.util.find_spec("dsa_portable.backends.cpu")
-    assert spec is not None
-    assert spec.origin is not None
-    shutil.copytree(Path(spec.origin).parent, folder / package, ignore=shutil.ignore_patterns("__pycache__", "build.py"))
+    plant("dsa_portable.backends.cpu", folder, package, ("__init__.py", 'name="cpu"', f'name="{name}"'), *changes)
     register(folder, name, package)
-    for path in (folder / package).glob("*.py"):
-        path.write_text(path.read_text().replace("dsa_portable.backends.cpu", package))
-    for file, old, new in (("__init__.py", 'name="cpu"', f'name="{name}"'), *changes):
-        path = folder / package / file
-        text = path.read_text()
-        if text.count(old) != 1:
-            raise LookupError(f"{file} of the CPU backend holds {old!r} {text.count(old)} times, not once")
-        path.write_text(text.replace(old, new))
 
 
 def environment(folder: Path, **variables: str) -> dict[str, str]:

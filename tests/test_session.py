@@ -24,8 +24,9 @@ from dsa_portable.conformance.execute import arrays_file, recording
 from dsa_portable.conformance.judging.judge import judge
 from dsa_portable.conformance.report import schema
 from dsa_portable.conformance.report.schema import Evidence, Report, Status
+from dsa_portable.conformance.selftest.plant import FileEdit, PlantError
 from tests import plugins
-from tests.plugins import Change, conformance
+from tests.plugins import conformance
 
 HEAD = "index-e4m3-f32-f32"
 SMALL = f"{HEAD}-decode-out"  # milliseconds, in and out
@@ -668,7 +669,7 @@ LOOP, TOP = "for owner, rows in _chunks(request, ends):", "return np.flatnonzero
 SEES_ONE_MORE = "np.minimum(ends + 1, request.batch.seqlens_k[request.batch.request_of_row(len(ends))]) * (ends > 0)"
 ROPE = "np.float32(np.arange(request.dims['Dqk']) < request.value_dim)"
 ROW_WEIGHTS, POSITIONS = "widen(request.weights[block])", "positions = request.indices[row, :limit].astype(np.int64)"
-FAULTS: dict[str, tuple[Change, tuple[str, ...]]] = {
+FAULTS: dict[str, tuple[FileEdit, tuple[str, ...]]] = {
     "causal: one key too few": (
         ("lightning_index.py", LOOP, f"ends = np.maximum(ends - 1, starts)\n    {LOOP}"),
         (f"{HEAD}-decode-paged64",),
@@ -756,7 +757,9 @@ def test_the_copy_without_a_fault_passes(tmp_path: Path) -> None:
 
 
 def test_a_change_that_is_not_there_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(LookupError, match=r"rows.py of the CPU backend holds 'no such text' 0 times"):
+    with pytest.raises(
+        PlantError, match=r"^rows.py of dsa_portable.backends.cpu holds 'no such text' 0 times, but an edit needs"
+    ):
         plugins.copy_of_cpu(tmp_path, "faulty", ("rows.py", "no such text", ""))
 
 

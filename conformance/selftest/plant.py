@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +19,8 @@ from dsa_portable.profile import Profile
 KERNEL = Path(__file__).with_name("kernel.py")
 # (text that stands there once, text instead)
 Edit = tuple[str, str]
+# (file of a package, text that stands there once, text instead)
+FileEdit = tuple[str, str, str]
 
 
 class PlantError(DSAError, LookupError):
@@ -47,6 +51,21 @@ def edited(text: str, edits: Sequence[Edit], where: str) -> str:
             raise PlantError(f"{where} holds {old!r} {count} times, but an edit needs it once; mend the edit.")
         text = text.replace(old, new)
     return text
+
+
+def plant(package: str, folder: Path, name: str, *edits: FileEdit) -> Path:
+    """A copy of a backend's package, edited, that can be imported from `folder` as `name`. Raises PlantError."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    assert spec.origin is not None
+    target = folder / name
+    shutil.copytree(Path(spec.origin).parent, target, ignore=shutil.ignore_patterns("__pycache__"))
+    for file, old, new in edits:
+        path = target / file
+        path.write_text(edited(path.read_text(encoding="utf-8"), [(old, new)], f"{file} of {package}"), encoding="utf-8")
+    for path in target.rglob("*.py"):
+        path.write_text(path.read_text(encoding="utf-8").replace(package, name), encoding="utf-8")
+    return target
 
 
 @dataclass(frozen=True)

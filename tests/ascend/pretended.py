@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -13,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from dsa_portable.backend import Device
-from dsa_portable.backends import ascend
 from dsa_portable.backends.ascend import device, schemas
 from dsa_portable.conformance.cases.call import Call
 from dsa_portable.conformance.cases.catalogue import CASES
 from dsa_portable.conformance.hosts.ascend import pretend, reference
 from dsa_portable.conformance.judging.judge import judge_call
+from dsa_portable.conformance.selftest.plant import plant
 from dsa_portable.request import attend_request, index_request
 
 SOC = {"A2": "Ascend910B3", "A3": "Ascend910_9382", "950": "Ascend950PR_9589"}
@@ -32,16 +31,8 @@ def edited(folder: Path, name: str, edit: list[str] | None) -> str:
     """The name of the adapter's package, or of a copy with a text replaced."""
     if edit is None:
         return "dsa_portable.backends.ascend"
-    shutil.copytree(Path(ascend.__file__).parent, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     file, old, new = edit
-    path = folder / name / file
-    text = path.read_text(encoding="utf-8")
-    if text.count(old) != 1:
-        raise LookupError(f"{file} holds {old!r} {text.count(old)} times, not once")
-    path.write_text(text.replace(old, new), encoding="utf-8")
-    for path in (folder / name).glob("*.py"):
-        path.write_text(path.read_text(encoding="utf-8").replace("dsa_portable.backends.ascend", name), encoding="utf-8")
-    return name
+    return plant("dsa_portable.backends.ascend", folder, name, (file, old, new)).name
 
 
 def outputs(package: str, call: Call) -> dict[str, Any]:

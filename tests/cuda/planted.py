@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,29 +11,17 @@ from typing import Any
 import numpy as np
 
 from dsa_portable.arrays import to_numpy
-from dsa_portable.backends import cuda
 from dsa_portable.backends.cuda import device
 from dsa_portable.conformance.cases.call import Call
 from dsa_portable.conformance.cases.catalogue import CASES
 from dsa_portable.conformance.judging.judge import judge_call
 from dsa_portable.conformance.judging.rules import Verdict
-
-# (file, text that stands there once, text instead)
-Edit = tuple[str, str, str]
+from dsa_portable.conformance.selftest.plant import FileEdit, plant
 
 
-def copy(folder: Path, name: str, *edits: Edit) -> str:
-    """Write a copy of the backend's package, edited, into `folder`; returns its name. Raises LookupError for a stale text."""
-    target = folder / name
-    shutil.copytree(Path(cuda.__file__).parent, target, ignore=shutil.ignore_patterns("__pycache__"))
-    for file, old, new in edits:
-        path = target / file
-        text = path.read_text(encoding="utf-8")
-        if text.count(old) != 1:
-            raise LookupError(f"{file} holds {old!r} {text.count(old)} times, not once")
-        path.write_text(text.replace(old, new), encoding="utf-8")
-    for path in target.rglob("*.py"):
-        path.write_text(path.read_text(encoding="utf-8").replace("dsa_portable.backends.cuda", name), encoding="utf-8")
+def copy(folder: Path, name: str, *edits: FileEdit) -> str:
+    """A copy of the backend's package, edited, that can be imported; returns its name. Raises PlantError for a stale text."""
+    plant("dsa_portable.backends.cuda", folder, name, *edits)
     sys.path.insert(0, str(folder))
     importlib.invalidate_caches()
     return name

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from dsa_portable.conformance.selftest.plant import FileEdit
+
 from . import planted
 
 ATTEND, INDEX, TOP_K, ROWS = (f"kernels/{name}.py" for name in ("sparse_attend", "lightning_index", "top_k", "rows"))
@@ -21,10 +23,10 @@ class Fault:
     """A text of the backend and what stands there instead; `setting` is edited in the honest twin too."""
 
     title: str
-    edit: planted.Edit
+    edit: FileEdit
     case: str
     rule: str
-    setting: tuple[planted.Edit, ...] = ()
+    setting: tuple[FileEdit, ...] = ()
 
 
 FAULTS = (
@@ -124,7 +126,7 @@ TWINS = sorted({(fault.case, fault.setting) for fault in FAULTS})
 
 
 @pytest.mark.parametrize("twin", TWINS, ids=lambda twin: twin[0])
-def test_the_honest_twin_passes(tmp_path: Path, twin: tuple[str, tuple[planted.Edit, ...]]) -> None:
+def test_the_honest_twin_passes(tmp_path: Path, twin: tuple[str, tuple[FileEdit, ...]]) -> None:
     case, setting = twin
     package = planted.copy(tmp_path, f"honest_{TWINS.index(twin)}", *setting)
     found = planted.verdict(package, case)
