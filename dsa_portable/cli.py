@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from traceback import print_exception
 from types import FrameType
@@ -94,6 +95,14 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--emulate", metavar="CHIP", help="let the backend stand in for a chip; the evidence is then EMULATED")
     run.set_defaults(run=_conformance)
 
+    selftest = commands.add_parser("selftest", help="plant every known fault and see which case kills it; runs no backend")
+    selftest.add_argument("--fault", action="append", default=[], metavar="CODE", help="this fault alone; may be repeated")
+    selftest.add_argument(
+        "--sample", type=int, metavar="N", help="every N-th fault, on the first input that is known to kill it"
+    )
+    selftest.add_argument("--jobs", type=int, metavar="N", help="processes (default: one for each core)")
+    selftest.set_defaults(run=_selftest)
+
     bench = commands.add_parser("bench", help="time a backend beside what its machine and its peers give in the same run")
     bench.add_argument("--backend", help="name; default: DSA_BACKEND, else cpu")
     bench.add_argument("--op", metavar="OPERATOR", help="lightning_index or sparse_attend alone (default both)")
@@ -152,6 +161,20 @@ def _conformance(options: argparse.Namespace) -> int:
         command=shlex.join(["dsa-portable", *sys.argv[1:]]),
     )
     return int(report.exit_code)
+
+
+def _selftest(options: argparse.Namespace) -> int:
+    matrix = importlib.import_module("dsa_portable.conformance.selftest.matrix")
+    print("evidence SELFTEST: the suite examines itself, no backend is run")
+    say = partial(print, flush=True)
+    found = (
+        matrix.sample(options.sample, options.jobs, say)
+        if options.sample
+        else matrix.run(options.fault, None, options.jobs, say)
+    )
+    problems = matrix.problems(found)
+    print("\n".join([*problems, matrix.verdict(found)]))
+    return FAILED if problems else 0
 
 
 def _backends(options: argparse.Namespace) -> int:

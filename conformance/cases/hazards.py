@@ -76,7 +76,7 @@ PORTABILITY = (
     PortabilityHazard(11, "132-byte caches, planar or interleaved", ("layout",)),
     PortabilityHazard(12, "scales that are no powers of two", ("scale", "layout")),
     PortabilityHazard(13, "query scale folded into the weights or separate, constants dropped", ("returned-scores",)),
-    PortabilityHazard(14, "RoPE order and interleaving", ("rope-part",), "rotation is the caller's: dsa_portable.caller and the caller's faults"),
+    PortabilityHazard(14, "RoPE order and interleaving", ("rope-part",), "rotation is the caller's: dsa_portable.caller and the faults of conformance/selftest/pipeline.py"),
     PortabilityHazard(15, "scores in reduced precision", ("weights-precision", "head-sum-precision", "returned-scores")),
     PortabilityHazard(16, "e4m3 FNUZ read as FN", ("range",)),
     PortabilityHazard(17, "head counts", ("geometry",)),

@@ -82,15 +82,19 @@ class Kernel:
         return outputs
 
 
+def executed(file: Path, fault: Fault | None, names: Mapping[str, Any]) -> dict[str, Any]:
+    """What the module of a file defines once the fault's edits are made, freshly; they may use `names`. Raises PlantError."""
+    where = f"{file.name}, for {fault.code or fault.title}" if fault else file.name
+    namespace: dict[str, Any] = {**names, "__name__": "planted"}
+    exec(compile(edited(_read(file), fault.edits if fault else (), where), where, "exec"), namespace)
+    return namespace
+
+
 @cache
-def _source() -> str:
-    return KERNEL.read_text(encoding="utf-8")
+def _read(file: Path) -> str:
+    return file.read_text(encoding="utf-8")
 
 
 def kernel(profile: Profile, fault: Fault | None = None, names: Mapping[str, Any] | None = None) -> Kernel:
     """A fresh kernel; edits may use `names` beside its own. Raises PlantError."""
-    where = f"kernel.py, for {fault.code}" if fault else "kernel.py"
-    text = edited(_source(), fault.edits if fault else (), where)
-    namespace: dict[str, Any] = {**(names or {}), "__name__": "planted"}
-    exec(compile(text, where, "exec"), namespace)
-    return Kernel(namespace, profile)
+    return Kernel(executed(KERNEL, fault, names or {}), profile)
