@@ -21,16 +21,19 @@ Array: TypeAlias = np.ndarray[Any, Any]
 def lightning_index(call: Call, profile: Profile) -> dict[str, Array]:
     """The outputs of a whole call, by name."""
     batch, options, topk = call.batch, call.options, int(call.options["topk"])
-    indices = np.full((len(call.arrays["q"]), topk), -1, np.int32)
+    lengths, page_size = batch["seqlens_k"], call.batch_options["page_size"]
+    queries, weights = call.arrays["q"], call.arrays["weights"]
+    indices = np.full((len(queries), topk), -1, np.int32)
     scores = np.full(indices.shape, -np.inf, np.float32)
     k, k_scale = call.arrays["k"], call.arrays.get("k_scale")
     if options["k_layout"] is not None:
         k, k_scale, _ = unpack(options["k_layout"], k)
     k = k.reshape(-1, k.shape[-1])
     k_scale = np.ones(len(k), np.float32) if k_scale is None else k_scale.reshape(-1)
-    for request in range(len(batch["seqlens_k"])):
-        length = int(batch["seqlens_k"][request])
+    for request in range(len(lengths)):
+        length = int(lengths[request])
         first, last = int(batch["cu_seqlens_q"][request]), int(batch["cu_seqlens_q"][request + 1])
+        base = int(batch["cu_seqlens_k"][request]) if "cu_seqlens_k" in batch else 0
         for row in range(first, last):
             # What the row sees.
             start, end = 0, max(0, length - (last - first) + (row - first) + 1)
@@ -40,25 +43,24 @@ def lightning_index(call: Call, profile: Profile) -> dict[str, Array]:
             elif not call.batch_options["causal"]:
                 start, end = 0, length
             # Where that lies in memory.
-            positions = np.arange(start, end)
+            seen = np.arange(start, end)
             if "block_table" in batch:
-                size = int(call.batch_options["page_size"])
-                page = batch["block_table"][request][positions // size].astype(np.int64)
-                slots = page * size + positions % size
+                page = batch["block_table"][request, seen // page_size].astype(np.int64)
+                slots = page * page_size + seen % page_size
             else:
-                slots = positions + int(batch["cu_seqlens_k"][request])
+                slots = base + seen
             # Scores: dimensions last to first and heads shuffled, another legal order of summation.
-            q, weights = call.arrays["q"][row].astype(np.float32), call.arrays["weights"][row].astype(np.float32)
+            q, w = queries[row].astype(np.float32), weights[row].astype(np.float32)
             keys, scale = k[slots].astype(np.float32), k_scale[slots].astype(np.float32)
             heads = np.argsort(np.arange(len(q)) * 7919 % 104729)
             dots = stored(dot(q[heads][:, ::-1], keys[:, ::-1], profile.accumulator), profile)
-            total = weights[heads] @ np.maximum(dots, 0)
+            total = w[heads] @ np.maximum(dots, 0)
             found = rounded(total * rounded(scale, profile.scale_compute), profile.logit)
-            # Selection, ties to the lowest position.
-            best = np.argsort(-np.nan_to_num(found, nan=-np.inf), kind="stable")[:topk]
+            # Selection: NaN last, ties to the lowest position, then in ascending order.
+            ranked = np.nan_to_num(found, nan=-np.inf)
+            best = np.argsort(-ranked, kind="stable")[:topk]
             chosen = np.sort(best)
-            indices[row, : len(chosen)] = chosen + start
-            scores[row, : len(chosen)] = found[chosen]
+            indices[row, : len(chosen)], scores[row, : len(chosen)] = chosen + start, found[chosen]
     return {"indices": indices, "scores": scores} if options.get("return_scores") else {"indices": indices}
 
 
