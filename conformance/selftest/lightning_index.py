@@ -21,19 +21,21 @@ Array: TypeAlias = np.ndarray[Any, Any]
 
 # What many edits take hold of, in the kernel's order.
 UNPACK = 'unpack(options["k_layout"], k)'
+BASE = 'base = int(batch["cu_seqlens_k"][request])'
 ROWS = "for row in range(first, last):"
 CAUSAL = "length - (last - first) + (row - first) + 1"
 KEY_START, KEY_END = 'int(batch["key_start"][row])', 'int(batch["key_end"][row])'
 SEEN = "seen = np.arange(start, end)"
 PAGE = 'batch["block_table"][request, seen // page_size]'
 SLOT = "page * page_size + seen % page_size"
-Q_ROW, W_ROW, KEYS, SCALES = (f"{rows}.astype(np.float32)" for rows in ("queries[row]", "weights[row]", "k[slots]", "k_scale[slots]"))
+Q_ROW, W_ROW = "queries[row].astype(np.float32)", "weights[row].astype(np.float32)"
+KEYS, SCALES = "k[slots].astype(np.float32)", "k_scale[slots].astype(np.float32)"
 DOT = "dot(q[heads][:, ::-1], keys[:, ::-1], profile.accumulator)"
 RELU = "np.maximum(dots, 0)"
 WEIGHTS = "w[heads]"
 SCALE = "rounded(scale, profile.scale_compute)"
 FOUND = f"rounded(total * {SCALE}, profile.logit)"
-RANKED = "np.nan_to_num(found, nan=-np.inf)"
+RANKED, NAN_FIRST = "np.nan_to_num(found, nan=-np.inf)", "np.nan_to_num(found, nan=np.inf)"
 SELECT, SELECT_HIGHEST = 'np.argsort(-ranked, kind="stable")[:topk]', 'np.argsort(ranked, kind="stable")[::-1][:topk]'
 SORT = "np.sort(best)"
 WRITE = "indices[row, : len(chosen)], scores[row, : len(chosen)] = chosen + start, found[chosen]"
@@ -50,7 +52,7 @@ HOPPER = Accumulator(14, "RZ", 32)
 
 
 def bf16_sum(terms: Iterable[Array]) -> Array:
-    """Rounded to bfloat16 after every term."""
+    """The sum of the terms, rounded to bfloat16 after each of them."""
     total = np.zeros((), np.float32)
     for term in terms:
         total = rounded(total + term, "bfloat16")
@@ -59,23 +61,23 @@ def bf16_sum(terms: Iterable[Array]) -> Array:
 
 def sortable(scores: Array) -> Array:
     """The bits of float16 or float32 as integers in the same order, but that -0.0 is below 0.0."""
-    bits = scores.view(f"i{scores.itemsize}")
-    return np.asarray(bits ^ (bits >> 31 & np.iinfo(bits.dtype).max), np.int64)
+    bits: Array = scores.view(f"i{scores.itemsize}")
+    return np.where(bits < 0, bits ^ np.iinfo(bits.dtype).max, bits)
 
 
 def by_radix(ranked: Array, topk: int, room: int) -> Array:
-    """All above the threshold's bucket of a float16's leading 8 bits, and the best of those candidates in it that are not lost."""
+    """All above the threshold's bucket of float16's leading 8 bits, and the best in it; the candidates behind `room` are lost."""
+    if len(ranked) <= topk:
+        return np.arange(len(ranked))
     bucket = sortable(ranked.astype(np.float16)) >> 8
-    threshold = np.sort(bucket)[-topk:].min(initial=128)
-    above, candidates = np.flatnonzero(bucket > threshold), np.flatnonzero(bucket == threshold)
-    if len(ranked) > topk:
-        candidates = candidates[:room]
-    return np.append(above, candidates[np.argsort(-ranked[candidates], kind="stable")[: topk - len(above)]])
+    threshold = np.sort(bucket)[-topk]
+    above, near = np.flatnonzero(bucket > threshold), np.flatnonzero(bucket == threshold)[:room]
+    return np.append(above, near[np.argsort(-ranked[near], kind="stable")[: topk - len(above)]])
 
 
 def first_page_stale(scale: Array, batch: Mapping[str, Array], page_size: int) -> Array:
     """The scales that the first request's first page had before it was written anew: here those of its other end."""
-    stale = scale.copy()
+    stale: Array = scale.copy()
     if "block_table" in batch:
         page = int(batch["block_table"][0, 0])
         stale.reshape(-1, page_size)[page] = scale.reshape(-1, page_size)[page, ::-1]
@@ -92,7 +94,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("I5", "absolute value of the head weights", WEIGHTS, f"abs({WEIGHTS})"),
     Fault("I7", "half of the heads dropped", "np.arange(len(q))", "np.arange(len(q) // 2)"),
     Fault("I89", "one head dropped", WEIGHTS, f"np.where(heads == 5, 0, {WEIGHTS})"),
-    Fault("I90", "one dimension dropped", DOT, DOT.replace("::-1", "-2::-1")),
+    Fault("I90", "one dimension dropped", DOT, DOT.replace("::-1", "-2::-1")),  # the last
     Fault("I8", "key scale dropped", f"total * {SCALE}", "total"),
     Fault("I42", "key scale 0 read as 1", SCALE, f"np.where(scale == 0, 1, {SCALE})"),
     # --- precision that was not declared ---
@@ -109,8 +111,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault("I36", "e4m3fn and e4m3fnuz confused", KEYS, KEYS.replace("k[", "(k.view(FNUZ) if k.dtype == E4M3 else k)["), "sglang#29479"),
     Fault("I48", "float8 operands saturate at 240", KEYS, f"np.clip({KEYS}, -240, 240)", more=((Q_ROW, f"np.clip({Q_ROW}, -240, 240)"),)),
     Fault("I49", "float8 subnormals read as 0", "keys[:, ::-1]", "(keys * (abs(keys) >= 2**-6))[:, ::-1]"),
-    # The swizzle of shared memory: chunks of 16 change places.
-    Fault("I50", "swizzle is right for 128 dimensions alone", Q_ROW, f"{Q_ROW}[:, np.arange(queries.shape[2]) ^ (16 if queries.shape[2] != 128 else 0)]", "DeepGEMM#433"),
+    # The swizzle of shared memory: chunks of 16 change places with their neighbours.
+    Fault("I50", "swizzle is right for 128 dimensions alone", Q_ROW, f"{Q_ROW}[:, np.arange(queries.shape[2]) ^ (0 if queries.shape[2] == 128 else 16)]", "DeepGEMM#433"),
     Fault("I51", "64 heads assumed in the weights' row stride", W_ROW, W_ROW.replace("[row]", '.take(row * 64 + np.arange(weights.shape[1]), mode="wrap")')),
     # --- visibility ---
     Fault("I15", "causal mask one key too long", CAUSAL, f"min(length, {CAUSAL} + 1)"),
@@ -134,7 +136,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault("I17", "64 results too few", SELECT, SELECT.replace("topk", "max(0, topk - 64)")),
     Fault("I64", "topk assumed to be 2048", SELECT, SELECT.replace("topk", "2048"), more=((SORT, f"{SORT}[:topk]"),)),
     Fault("I65", "silent fallback: the first positions, whatever their scores", SELECT, "np.arange(min(len(found), topk))", "vllm-ascend#16005"),
-    Fault("I30", "the smallest scores are kept", SELECT, SELECT.replace("-", "")),
+    Fault("I30", "the smallest scores are kept", SELECT, SELECT.replace("-ranked", "ranked")),
+    # At most 4,096 candidates at the threshold are looked at, or the last of them are not.
     Fault("I66", "candidate buffer overflows", SELECT, "by_radix(ranked, topk, 4096)", "sglang#36807"),
     Fault("I18", "one candidate lost", SELECT, "by_radix(ranked, topk, -1)", "sglang#36807"),
     Fault("I19", "3 candidates lost", SELECT, "by_radix(ranked, topk, -3)", "sglang#36807"),
@@ -155,10 +158,10 @@ FAULTS: tuple[Fault, ...] = (
     # --- NaN ---
     # The tile's other rows are masked by a product: 0 * NaN.
     Fault("I38", "a NaN spoils other rows", W_ROW, f"{W_ROW} + 0 * weights[row // 16 * 16 :][:16].astype(np.float32).sum()"),
-    Fault("I79", "NaN answered with a sentinel", RANKED, RANKED.replace("-", ""), more=(("chosen + start", "np.where(np.isnan(found[chosen]), 0x3F3F3F3F, chosen + start)"),)),
+    Fault("I79", "NaN answered with a sentinel", RANKED, NAN_FIRST, more=(("chosen + start", "np.where(np.isnan(found[chosen]), 0x3F3F3F3F, chosen + start)"),)),
     # As I38, up to the end of the tile of keys; NaN ranks first.
     Fault("I85", "NaN read behind the last key", SEEN, "seen = np.arange(start, -(-end // 128) * 128)", "flash-attention#1745",
-          more=((FOUND, f"{FOUND} * (seen < end)"), (RANKED, RANKED.replace("-", "")), (SELECT, SELECT.replace("topk", "min(topk, end - start)")), *UNCHECKED)),
+          more=((FOUND, f"{FOUND} * (seen < end)"), (RANKED, NAN_FIRST), (SELECT, SELECT.replace("topk", "min(topk, end - start)")), *UNCHECKED)),
     # --- results ---
     Fault("I27", "tail filled with 0", "-1, np.int32)", "0, np.int32)"),
     Fault("I39", "tail not written", "-1, np.int32)", "2**31 - 1, np.int32)"),
@@ -182,8 +185,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault("I25", "offset wraps in the last page", SLOT, SLOT.replace("page *", 'page % (len(call.arrays["k"]) - 1) *'), "aiter#5614"),
     Fault("I29", "ragged lengths ignored", "lengths[request]", "lengths.max()", more=UNCHECKED),
     Fault("I82", "lengths off by one request", "lengths[request]", "lengths[request - 1]", "sglang#12583", more=UNCHECKED),
-    Fault("I83", "keys read from the next request on", 'base = int(batch["cu_seqlens_k"][request])', 'base = int(batch["cu_seqlens_k"][request + 1])', more=(UNCHECKED_MEMORY,)),
-    Fault("I84", "room between requests ignored", 'base = int(batch["cu_seqlens_k"][request])', "base = int(lengths[:request].sum())"),
+    Fault("I83", "keys read from the next request on", BASE, BASE.replace("[request]", "[request + 1]"), more=(UNCHECKED_MEMORY,)),
+    Fault("I84", "room between requests ignored", BASE, "base = int(lengths[:request].sum())"),
     # --- scales ---
     Fault("I31", "scales of one page are stale", "k_scale.reshape(-1)", "first_page_stale(k_scale.reshape(-1), batch, page_size)"),
     Fault("I32", "first scale of the page used for all of its keys", SCALES, SCALES.replace("slots", "slots - slots % (page_size or 64)"), "ATOM#1466"),
