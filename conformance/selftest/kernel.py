@@ -68,37 +68,39 @@ def sparse_attend(call: Call, profile: Profile) -> dict[str, Array]:
     """The outputs of a whole call, by name."""
     batch, options, softmax_scale = call.batch, call.options, np.float32(call.options["softmax_scale"])
     dtype, heads, value_dim = call.arrays["q"].dtype, call.arrays["q"].shape[1], int(options["value_dim"])
+    sink = call.arrays.get("attn_sink")
+    # Rows of no request keep these.
     outputs = np.zeros((len(call.arrays["q"]), heads, value_dim), dtype)
     lses = np.full(outputs.shape[:2], -np.inf, np.float32)
-    sink = call.arrays.get("attn_sink")
     for request in range(len(batch["seqlens_k"])):
-        length = int(batch["seqlens_k"][request])
-        for row in range(int(batch["cu_seqlens_q"][request]), int(batch["cu_seqlens_q"][request + 1])):
+        context = int(batch["seqlens_k"][request])
+        begin, stop = int(batch["cu_seqlens_q"][request]), int(batch["cu_seqlens_q"][request + 1])
+        for row in range(begin, stop):
             # Which entries count: -1 and what lies beyond the request is skipped wherever it stands.
             entries = call.arrays["indices"][row].astype(np.int64)
-            if "topk_length" in call.arrays:
-                entries = entries[: max(0, int(call.arrays["topk_length"][row]))]
-            positions = entries[(entries >= 0) & (entries < length)]
+            count = int(call.arrays["topk_length"][row]) if "topk_length" in call.arrays else len(entries)
+            inside, counted = (entries >= 0) & (entries < context), np.arange(len(entries)) < count
+            positions = entries[inside & counted]
             if not len(positions):
+                outputs[row], lses[row] = 0, -np.inf
                 continue
             # Where they lie in memory.
             if "block_table" in batch:
-                size = int(call.batch_options["page_size"])
-                page = batch["block_table"][request][positions // size].astype(np.int64)
-                slots = page * size + positions % size
+                page_size, table = int(call.batch_options["page_size"]), batch["block_table"].astype(np.int64)
+                page, offset = np.divmod(positions, page_size)
+                slots = table[request, page] * page_size + offset
             else:
-                slots = positions + int(batch["cu_seqlens_k"][request])
-            # What they hold; a packed row is value * scale of its tile, beside the rotated part.
+                slots = int(batch["cu_seqlens_k"][request]) + positions
+            # What they hold; a packed row is code * scale of its tile, beside the rotated part.
             if options["kv_layout"] is None:
                 memory = call.arrays["kv"].reshape(-1, call.arrays["kv"].shape[-1])
                 kv = memory[slots].astype(np.float32)
             else:
-                parts = unpack(options["kv_layout"], call.arrays["kv"])
-                values, scale, rope = (np.asarray(part).reshape(-1, np.asarray(part).shape[-1]) for part in parts)
-                tiles = scale[slots].astype(np.float32)
-                tiles = np.repeat(tiles, layout(options["kv_layout"]).tile, axis=1)
-                kv = np.concatenate([values[slots].astype(np.float32) * tiles, rope[slots].astype(np.float32)], axis=1)
+                parts = map(np.asarray, unpack(options["kv_layout"], call.arrays["kv"]))
+                codes, scales, rope = (part.reshape(-1, part.shape[-1])[slots].astype(np.float32) for part in parts)
+                kv = np.concatenate([codes * np.repeat(scales, layout(options["kv_layout"]).tile, axis=1), rope], axis=1)
             kv = rounded(kv, profile.kv_compute)
+            values = kv[:, :value_dim]
             # Softmax: dimensions and keys last to first, another legal order of summation.
             q = call.arrays["q"][row].astype(np.float32)
             logits = rounded(dot(q[:, ::-1], kv[:, ::-1], profile.accumulator) * softmax_scale, profile.logit)
@@ -107,8 +109,8 @@ def sparse_attend(call: Call, profile: Profile) -> dict[str, Array]:
             p = rounded(shares, profile.p)
             total = (p if profile.normaliser == "rounded" else shares)[:, ::-1].sum(axis=1)
             lses[row] = top + np.log(total)
+            weighed = dot(np.ascontiguousarray(p[:, ::-1]), np.ascontiguousarray(values[::-1].T), profile.accumulator)
             if sink is not None:
                 total = total + np.exp(sink - top)
-            weighed = dot(np.ascontiguousarray(p[:, ::-1]), np.ascontiguousarray(kv[::-1, :value_dim].T), profile.accumulator)
             outputs[row] = (weighed / total[:, None]).astype(dtype)
     return {"out": outputs, "lse": lses} if options.get("return_lse") else {"out": outputs}

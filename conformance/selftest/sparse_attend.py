@@ -5,10 +5,244 @@ Codes A1 to A32 are those of the suite's published fault list (A6 is the caller'
 
 from __future__ import annotations
 
-from dsa_portable.conformance.selftest.plant import Fault
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+import ml_dtypes
+import numpy as np
+
+from dsa_portable.conformance.cases.attend import V32_SCALE  # noqa: F401  (named by A77)
+from dsa_portable.conformance.judging.emulator import dot, rounded
+from dsa_portable.conformance.selftest.plant import Edit, Fault
+from dsa_portable.formats import Unpacked, unpack
+from dsa_portable.profile import Profile
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+# What gives a right answer, bit for bit or within the rounding that every order of summation has; so it is no fault.
+UNOBSERVABLE: Mapping[str, str] = MappingProxyType(
+    {
+        "invalid entries masked with a large finite negative logit instead of being skipped": (
+            "exp(-1e12 - maximum) is exactly 0 in float32, so every sum is the same; only a row of nothing but invalid "
+            "entries differs, and that is A23"
+        ),
+        "something other than the row's maximum subtracted before exp": (
+            "numerator and normaliser are multiplied by the same exp(maximum - c), which cancels; 16-bit probabilities are "
+            "rounded elsewhere by it, as their profile allows, and where it overflows or underflows it is A11"
+        ),
+        "an entry of probability 0 gathered from memory that holds a finite number": (
+            "0 times a finite number adds exactly 0; where the memory holds NaN it is A47"
+        ),
+    }
+)
+
+
+def maximum_so_far(logits: Array) -> Array:
+    """[H, n], the running maximum that each key meets in an online softmax over tiles of 64."""
+    tiles = np.maximum.reduceat(logits, np.arange(0, logits.shape[1], 64), axis=1)
+    return np.maximum.accumulate(tiles, axis=1).repeat(64, axis=1)[:, : logits.shape[1]]
+
+
+def by_tiles(p: Array, values: Array, profile: Profile, dtype: str) -> Array:
+    """[H, value_dim], rounded to the dtype after every tile of 64 keys."""
+    total = np.zeros((len(p), values.shape[1]), np.float32)
+    for first in range(0, len(values), 64):
+        tile = slice(first, first + 64)
+        backwards = np.ascontiguousarray(p[:, tile][:, ::-1]), np.ascontiguousarray(values[tile][::-1].T)
+        total = rounded(total + dot(*backwards, profile.accumulator), dtype)
+    return total
+
+
+def merged_base_two(logits: Array, values: Array) -> Array:
+    """[H, value_dim] of two splits, weighted with 2^lse though each lse is natural."""
+    merged, weights = np.zeros((len(logits), values.shape[1]), np.float32), np.zeros((len(logits), 1), np.float32)
+    for split in np.array_split(np.arange(len(values)), min(2, len(values))):
+        top = logits[:, split].max(axis=1, keepdims=True)
+        shares = np.exp(logits[:, split] - top)
+        total = shares.sum(axis=1, keepdims=True)
+        weight = np.exp2(top + np.log(total) - logits.max(axis=1, keepdims=True))
+        merged, weights = merged + weight * (shares @ values[split]) / total, weights + weight
+    return np.asarray(merged / weights)
+
+
+def truncated(out: Array, dtype: np.dtype[Any]) -> Array:
+    """float32 cut to the dtype: one unit nearer to zero wherever rounding went away from it."""
+    stored = out.astype(dtype)
+    bits = stored.view(f"u{dtype.itemsize}")
+    return np.asarray(bits - (abs(stored.astype(np.float32)) > abs(out)).astype(bits.dtype)).view(dtype)
+
+
+NSR_AS_NRS = {"v32_fp8_656_nsr": "ascend_656_nrs_fp8", "v32_fp8_656_nsr_f32": "ascend_656_nrs_fp8"}
+NRS_AS_NSR = {"ascend_656_nrs_fp8": "v32_fp8_656_nsr_f32", "ascend_656_nrs_int8": "v32_fp8_656_nsr_f32"}
+
+
+def misread(others: Mapping[str, str], name: str, cache: Array) -> Unpacked:
+    """The parts of a cache; scales and rotated part from where the other layout has them, if there is one."""
+    found, other = unpack(name, cache), unpack(others.get(name, name), cache)
+    return found._replace(scale=other.scale, rope=other.rope)
+
+
+def as_fnuz(parts: Unpacked) -> Unpacked:
+    """The same bytes, e4m3fn taken for e4m3fnuz: half the value, and NaN for -0."""
+    codes = parts.values
+    return parts._replace(values=codes.view(ml_dtypes.float8_e4m3fnuz)) if codes.dtype == ml_dtypes.float8_e4m3fn else parts
+
+
+# Texts that several edits start from.
+SCALE = 'call.options["softmax_scale"]'
+LOGITS = "rounded(dot(q[:, ::-1], kv[:, ::-1], profile.accumulator) * softmax_scale, profile.logit)"
+TOP = "logits.max(axis=1)"
+P = "rounded(shares, profile.p)"
+WEIGHED = "dot(np.ascontiguousarray(p[:, ::-1]), np.ascontiguousarray(values[::-1].T), profile.accumulator)"
+KV = "rounded(kv, profile.kv_compute)"
+ENTRIES = 'call.arrays["indices"][row].astype(np.int64)'
+LENGTH = 'call.arrays["topk_length"][row]'
+UPPER = "entries < context"
+COUNTED = "np.arange(len(entries)) < count"
+POSITIONS = "entries[inside & counted]"
+EMPTY_ROW = "outputs[row], lses[row] = 0, -np.inf"
+SINK = "np.exp(sink - top)"
+LSE = "top + np.log(total)"
+Q = 'q = call.arrays["q"][row]'
+BEGIN_STOP = 'begin, stop = int(batch["cu_seqlens_q"][request]), int(batch["cu_seqlens_q"][request + 1])'
+CONTEXT = 'context = int(batch["seqlens_k"][request])'
+PAGE_SIZE = 'page_size, table = int(call.batch_options["page_size"])'
+DIVMOD = "np.divmod(positions, page_size)"
+LOOKUP = "table[request, page]"
+FLAT = 'int(batch["cu_seqlens_k"][request]) + positions'
+CACHE = 'if options["kv_layout"] is None:'
+PARTS = 'unpack(options["kv_layout"], call.arrays["kv"])'
+TILES = 'np.repeat(scales, layout(options["kv_layout"]).tile, axis=1)'
+
+# What is read outside the memory or the table is found somewhere inside, as on a lucky day.
+IN_MEMORY: Edit = (CACHE, f'slots = slots % call.arrays["kv"][..., 0].size\n            {CACHE}')
+IN_TABLE: Edit = (LOOKUP, "table[request, np.minimum(page, table.shape[1] - 1)]")
 
 # fmt: off
 FAULTS: tuple[Fault, ...] = (
-    Fault("A7", "values taken from the last 512 columns", "kv[::-1, :value_dim]", "kv[::-1, -value_dim:]"),
+    # --- logits ---
+    Fault("A1", "softmax_scale dropped", SCALE, "1"),
+    Fault("A2", "softmax_scale = 512^-0.5 whatever is passed", SCALE, "512**-0.5"),
+    Fault("A33", "softmax_scale = 576^-0.5 whatever is passed", SCALE, 'call.arrays["q"].shape[2] ** -0.5', "FlashMLA's and Ascend's default"),
+    Fault("A28", "softmax_scale off by 0.5%", SCALE, f"{SCALE} * 1.005"),
+    Fault("A77", "softmax_scale of DeepSeek-V3.2 whatever is passed", SCALE, "V32_SCALE"),
+    Fault("A5", "rotated part of the keys dropped", "q[:, ::-1], kv[:, ::-1]", "q[:, 511::-1], kv[:, 511::-1]"),
+    Fault("A34", "logits in float16", LOGITS, LOGITS.replace("profile.logit", '"float16"'), "FlagGems sparse_mla"),
+    Fault("A10", "exp2 without log2(e)", "np.exp(logits", "np.exp2(logits"),
+    Fault("A11", "no maximum subtracted: exp overflows", TOP, "np.zeros(heads, np.float32)"),
+
+    # --- the sum over keys ---
+    Fault("A12", "accumulator not rescaled when the maximum rises", P, P.replace("shares", "np.exp(logits - maximum_so_far(logits))")),
+    Fault("A13", "output accumulated in bfloat16", WEIGHED, 'by_tiles(p, values, profile, "bfloat16")'),
+    Fault("A76", "output accumulated in float16", WEIGHED, 'by_tiles(p, values, profile, "float16")', "FlagGems sparse_mla"),
+    Fault("A14", "probabilities in float8", P, 'rounded(shares, "float8_e4m3fn")'),
+    Fault("A29", "output truncated instead of rounded", "(weighed / total[:, None]).astype(dtype)", "truncated(weighed / total[:, None], dtype)"),
+    Fault("A8", "last block of entries dropped", COUNTED, f"{COUNTED} - 64"),
+    Fault("A73", "entries behind the last whole block dropped", COUNTED, f"{COUNTED} // 64 * 64", "FlashMLA takes multiples of 64 alone"),
+    Fault("A9", "last token dropped", POSITIONS, f"{POSITIONS}[:-1]"),
+    # Eight splits are merged before the last one is written, as in a race.
+    Fault("A32", "last split missing from the merge", POSITIONS, f"np.concatenate(np.array_split({POSITIONS}, 8)[:-1])"),
+    Fault("A35", "partial outputs merged in the other base", WEIGHED, "merged_base_two(logits, values) * total[:, None]", "vllm#28840"),
+    # The running maximum is still -inf; what rescales the accumulator is exp(-inf - -inf).
+    Fault("A36", "NaN where the first tile of a row is all holes", TOP, f"{TOP} + (0 if (inside & counted)[:64].any() else -np.inf - -np.inf)", "vllm#48366",
+          more=((EMPTY_ROW, "outputs[row], lses[row] = np.nan, np.nan"),)),
+
+    # --- which entries count ---
+    Fault("A3", "-1 read as the last key", ENTRIES, f"{ENTRIES}; entries[entries == -1] = context - 1", "cudnn-frontend#298"),
+    Fault("A4", "-1 read as key 0", ENTRIES, f"{ENTRIES}; entries[entries == -1] = 0", "cudnn-frontend#298"),
+    Fault("A37", "only -1 skipped, other invalid indices wrap", POSITIONS, f"{POSITIONS} % context", "flashinfer-bench's and Ascend's references",
+          more=(("(entries >= 0) & (entries < context)", "(entries != -1) & (context > 0)"),)),
+    Fault("A38", "only -1 skipped, other invalid indices clamped", POSITIONS, f"np.clip({POSITIONS}, 0, context - 1)", "FlashMLA decode skips -1 alone",
+          more=(("(entries >= 0) & (entries < context)", "(entries != -1) & (context > 0)"),)),
+    Fault("A39", "indices past the request's end followed", " & (entries < context)", "", "TileLang's DeepSeek-V4 kernel", more=(IN_TABLE, IN_MEMORY)),
+    Fault("A40", "first -1 ends the row", COUNTED, f"({COUNTED}) & np.logical_and.accumulate(entries != -1)", "npu_sparse_flash_attention"),
+    Fault("A41", "repeated index counted once", POSITIONS, f"np.unique({POSITIONS})", "scatter masks of DeepSeek, TileLang, transformers"),
+    Fault("A42", "indices ignored: attention is dense", POSITIONS, "np.arange(context)", "vllm-ascend#16005"),
+    Fault("A43", "causal mask added again", UPPER, "entries < context - stop + row + 1", "npu_sparse_flash_attention, sparse_mode 3"),
+    Fault("A44", "masked by row number, without the offset of the chunk", UPPER, "entries < min(context, row - begin + 1)", "TileLang and FlagGems sparse_mla"),
+    Fault("A45", "entries past the count of visible keys not read", COUNTED, COUNTED.replace("count", "min(count, context - stop + row + 1)"), "npu_sparse_flash_attention"),
+    # They are for the index alone.
+    Fault("A75", "key_start and key_end applied to the selected keys", POSITIONS, "entries[inside & counted & in_range]", more=(
+        (COUNTED, f"{COUNTED}\n            in_range = (entries >= batch['key_start'][row]) & (entries < batch['key_end'][row]) if 'key_start' in batch else True"),)),
+    Fault("A30", "topk_length ignored", COUNTED, "np.arange(len(entries)) >= 0", "flashinfer#5095"),
+    Fault("A46", "topk_length read per request", LENGTH, LENGTH.replace("row", "request"), "FlashMLA decode"),
+    # All entries are gathered; those past topk_length get the probability 0.
+    Fault("A47", "NaN of masked keys multiplied by 0", POSITIONS, "entries[inside]", "FlashMLA prefill, flash-attention#1745", more=(
+        (LOGITS, f"np.where(counted[inside], {LOGITS}, -np.inf)"), (TOP, f"np.maximum({TOP}, -1e30)"), ("weighed / total", "weighed / np.maximum(total, 1e-30)"))),
+
+    # --- rows without a valid entry ---
+    Fault("A22", "empty row is NaN", EMPTY_ROW, "outputs[row], lses[row] = np.nan, np.nan", "TileLang sparse_mla"),
+    # Invalid entries are gathered as key 0; where there are no others, a finite mask leaves them equal probabilities.
+    Fault("A23", "empty row is a mean of values", POSITIONS, "np.where(inside & counted, entries, 0)", "npu_sparse_flash_attention's mask of -1e12", more=(
+        (LOGITS, f"np.where(inside & counted, {LOGITS}, -1e12)"), ("if not len(positions)", "if not context"))),
+    # It outweighs every other part in a merge.
+    Fault("A48", "lse of an empty row is +inf", EMPTY_ROW, "outputs[row], lses[row] = 0, np.inf", "FlashMLA"),
+
+    # --- sink ---
+    Fault("A15", "sink ignored", 'call.arrays.get("attn_sink")', "None"),
+    Fault("A16", "sink to base 2", SINK, SINK.replace("exp", "exp2")),
+    Fault("A17", "sink counted once per split", SINK, f"2 * {SINK}"),
+    Fault("A18", "maximum not subtracted from the sink", SINK, "np.exp(sink)"),
+    # It takes part in the maximum, and inf - inf is NaN.
+    Fault("A49", "NaN where the sink is +inf", TOP, f"{TOP} if sink is None else np.maximum({TOP}, sink)", "rocm-libraries#12229"),
+    # exp(lse) overflows for lse > 88.
+    Fault("A50", "sink applied without subtracting a maximum", f"total + {SINK}", "total * (np.exp(lses[row]) + np.exp(sink)) / np.exp(lses[row])", "FlagGems flash_mla_sparse_fwd"),
+    Fault("A51", "sink in bfloat16", SINK, SINK.replace("sink", 'rounded(sink, "bfloat16")'), "TileLang's DeepSeek-V4 kernel"),
+
+    # --- lse ---
+    Fault("A19", "lse to base 2", LSE, f"({LSE}) / np.float32(np.log(2))", "vllm#28840, sglang#35045"),
+    Fault("A20", "sink in lse", LSE, LSE.replace("total", f"total if sink is None else total + {SINK}")),
+    Fault("A21", "maximum missing from lse", LSE, "np.log(total)"),
+    Fault("A52", "lse in bfloat16", LSE, f'rounded({LSE}, "bfloat16")', "FlagGems sparse_mla"),
+    # The first of the pair (maximum, sum).
+    Fault("A53", "maximum returned as lse", LSE, "top", "npu_sparse_flash_attention's softmax_max"),
+    Fault("A83", "last split missing from lse alone", LSE, LSE.replace("total", "total * (7 / 8)")),
+    Fault("A54", "lse in the order [heads, rows]", '"lse": lses', '"lse": lses.T.reshape(lses.shape)', "FlashMLA decode"),
+
+    # --- rows and heads ---
+    Fault("A26", "two heads swapped", Q, f"{Q}[[1, 0, *range(2, heads)]]"),
+    # A kernel for 64 heads launched once.
+    Fault("A69", "heads from 64 on repeat the first ones", Q, f"{Q}[np.arange(heads) % 64]"),
+    Fault("A27", "last row of a request is zero", "range(begin, stop)", "range(begin, stop - 1 if stop - begin > 1 else stop)", "aiter#4244"),
+    Fault("A70", "indices of a request's first row used for all its rows", ENTRIES, ENTRIES.replace("row", "begin")),
+    Fault("A71", "cu_seqlens_q ignored: rows divided evenly", BEGIN_STOP, 'begin, stop = np.arange(request, request + 2) * (batch["cu_seqlens_q"][-1] // len(batch["seqlens_k"]))'),
+    # They fall to the last request.
+    Fault("A72", "padding rows computed", "range(begin, stop)", 'range(begin, stop if request < len(batch["seqlens_k"]) - 1 else len(outputs))'),
+
+    # --- what a key holds ---
+    Fault("A7", "values taken from the last 512 columns", "kv[:, :value_dim]", "kv[:, -value_dim:]"),
+    Fault("A25", "one tile's scale for all tiles", TILES, "scales[:, :1]", "ATOM#1466"),
+    # They pass through e8m0.
+    Fault("A55", "tile scales cut down to powers of two", TILES, TILES.replace("scales", "(scales.view(np.uint32) & 0xFF800000).view(np.float32)"), "FlashMLA#184"),
+    Fault("A56", "tile scales in bfloat16", TILES, TILES.replace("scales", 'rounded(scales, "bfloat16")'), "FlashMLA on SM90"),
+    # Values, scales, rotated part; values, rotated part, scales.
+    Fault("A57", "656-byte cache read in the other order (nsr as nrs)", PARTS, PARTS.replace("unpack(", "misread(NSR_AS_NRS, "), "FlashMLA's cache on Ascend"),
+    Fault("A58", "656-byte cache read in the other order (nrs as nsr)", PARTS, PARTS.replace("unpack(", "misread(NRS_AS_NSR, "), "Ascend's cache by FlashMLA"),
+    Fault("A78", "e4m3 subnormals of the cache decoded as 0", "codes * ", "np.where(abs(codes) < 2**-6, 0, codes) * ", "decoders in software"),
+    Fault("A59", "e4m3fn cache decoded as e4m3fnuz", PARTS, f"as_fnuz({PARTS})", "sglang#29479"),
+
+    # --- where a key lies ---
+    Fault("A24", "stale page: the last page read from the one before", LOOKUP, "table[request, np.where(page == (context - 1) // page_size, np.maximum(page - 1, 0), page)]"),
+    Fault("A60", "block table ignored", LOOKUP, "page"),
+    Fault("A61", "block table of the neighbour request", LOOKUP, "table[(request + 1) % len(table), page]", more=(IN_MEMORY,)),
+    Fault("A62", "page size assumed to be 64", PAGE_SIZE, "page_size, table = 64", more=(IN_TABLE, IN_MEMORY)),
+    # Page and slot by shift and mask.
+    Fault("A74", "page size rounded down to a power of two", DIVMOD, DIVMOD.replace("page_size", "1 << page_size.bit_length() - 1"), more=(IN_TABLE, IN_MEMORY)),
+    # As long as the longest request needs.
+    Fault("A79", "row stride of the block table assumed", LOOKUP, 'table.reshape(-1)[request * -(-int(batch["seqlens_k"].max()) // page_size) + page]', more=(IN_MEMORY,)),
+    Fault("A63", "first key of the page read for all of its keys", "* page_size + offset", "* page_size", "aiter#5591"),
+    Fault("A64", "index taken as a physical slot", f"{LOOKUP} * page_size + offset", "positions", "FlashMLA decode, SGLang"),
+    Fault("A65", "index taken as a row of the flat keys", FLAT, "positions", "FlashMLA prefill"),
+    Fault("A31", "32-bit element offset wraps", CACHE, f'width = call.arrays["kv"].shape[-1]\n            slots = (slots * width).astype(np.int32) // width\n            {CACHE}', "aiter#5614, vllm#50576",
+          more=((CACHE, IN_MEMORY[1]),)),
+    Fault("A66", "seqlens_k rounded up to whole pages", CONTEXT, f'size = int(call.batch_options["page_size"] or 1)\n        {CONTEXT.replace("= ", "= -(-")} // size) * size'),
+    Fault("A67", "seqlens_k ignored: length taken from cu_seqlens_k", CONTEXT, f'{CONTEXT} if "block_table" in batch else int(np.diff(batch["cu_seqlens_k"])[request])'),
+    Fault("A68", "ragged lengths ignored: the longest for all", CONTEXT, CONTEXT.replace("[request]", ".max()"), more=(IN_TABLE, IN_MEMORY)),
+
+    # --- arithmetic: what a profile that declares float32 could skip ---
+    Fault("A80", "keys and values in bfloat16 where float32 is declared", KV, 'rounded(kv, "bfloat16")'),
+    Fault("A81", "probabilities in bfloat16 where float32 is declared", P, 'rounded(shares, "bfloat16")'),
+    Fault("A82", "keys, values and probabilities in bfloat16 where float32 is declared", KV, 'rounded(kv, "bfloat16")', more=((P, 'rounded(shares, "bfloat16")'),)),
 )
 # fmt: on
