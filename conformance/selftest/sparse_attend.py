@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import ml_dtypes
 import numpy as np
 
-from dsa_portable.conformance.cases.attend import V32_SCALE  # noqa: F401  (named by A77)
+from dsa_portable.conformance.cases.attend import V32_SCALE
 from dsa_portable.conformance.judging.emulator import dot, rounded
 from dsa_portable.conformance.selftest.plant import Edit, Fault
 from dsa_portable.formats import Unpacked, unpack
@@ -73,6 +73,14 @@ def truncated(out: Array, dtype: np.dtype[Any]) -> Array:
     return np.asarray(bits - (abs(stored.astype(np.float32)) > abs(out)).astype(bits.dtype)).view(dtype)
 
 
+def in_range(batch: Mapping[str, Array], row: int, entries: Array) -> Array:
+    """Which entries lie in the row's key range, if the batch has some; such ranges are for the index alone."""
+    if "key_start" not in batch:
+        return np.ones(len(entries), np.bool_)
+    return np.asarray((entries >= batch["key_start"][row]) & (entries < batch["key_end"][row]))
+
+
+# nsr: values, scales, rotated part; nrs: values, rotated part, scales.
 NSR_AS_NRS = {"v32_fp8_656_nsr": "ascend_656_nrs_fp8", "v32_fp8_656_nsr_f32": "ascend_656_nrs_fp8"}
 NRS_AS_NSR = {"ascend_656_nrs_fp8": "v32_fp8_656_nsr_f32", "ascend_656_nrs_int8": "v32_fp8_656_nsr_f32"}
 
@@ -89,7 +97,8 @@ def as_fnuz(parts: Unpacked) -> Unpacked:
     return parts._replace(values=codes.view(ml_dtypes.float8_e4m3fnuz)) if codes.dtype == ml_dtypes.float8_e4m3fn else parts
 
 
-# Texts that several edits start from.
+# Texts that edits start from, and what begins another line of a row's work.
+LINE = "\n" + 12 * " "
 SCALE = 'call.options["softmax_scale"]'
 LOGITS = "rounded(dot(q[:, ::-1], kv[:, ::-1], profile.accumulator) * softmax_scale, profile.logit)"
 TOP = "logits.max(axis=1)"
@@ -97,27 +106,26 @@ P = "rounded(shares, profile.p)"
 WEIGHED = "dot(np.ascontiguousarray(p[:, ::-1]), np.ascontiguousarray(values[::-1].T), profile.accumulator)"
 KV = "rounded(kv, profile.kv_compute)"
 ENTRIES = 'call.arrays["indices"][row].astype(np.int64)'
-LENGTH = 'call.arrays["topk_length"][row]'
+TOPK_LENGTH = 'int(call.arrays["topk_length"][row]) if "topk_length" in call.arrays else len(entries)'
 UPPER = "entries < context"
 COUNTED = "np.arange(len(entries)) < count"
 POSITIONS = "entries[inside & counted]"
-EMPTY_ROW = "outputs[row], lses[row] = 0, -np.inf"
+EMPTY_ROW, NAN_ROW = "outputs[row], lses[row] = 0, -np.inf", "outputs[row], lses[row] = np.nan, np.nan"
 SINK = "np.exp(sink - top)"
 LSE = "top + np.log(total)"
 Q = 'q = call.arrays["q"][row]'
-BEGIN_STOP = 'begin, stop = int(batch["cu_seqlens_q"][request]), int(batch["cu_seqlens_q"][request + 1])'
 CONTEXT = 'context = int(batch["seqlens_k"][request])'
-PAGE_SIZE = 'page_size, table = int(call.batch_options["page_size"])'
 DIVMOD = "np.divmod(positions, page_size)"
 LOOKUP = "table[request, page]"
-FLAT = 'int(batch["cu_seqlens_k"][request]) + positions'
 CACHE = 'if options["kv_layout"] is None:'
 PARTS = 'unpack(options["kv_layout"], call.arrays["kv"])'
 TILES = 'np.repeat(scales, layout(options["kv_layout"]).tile, axis=1)'
 
 # What is read outside the memory or the table is found somewhere inside, as on a lucky day.
-IN_MEMORY: Edit = (CACHE, f'slots = slots % call.arrays["kv"][..., 0].size\n            {CACHE}')
+IN_MEMORY: Edit = (CACHE, f'slots = slots % call.arrays["kv"][..., 0].size{LINE}{CACHE}')
 IN_TABLE: Edit = (LOOKUP, "table[request, np.minimum(page, table.shape[1] - 1)]")
+# Every index but -1 names some key, if there is one.
+NOT_A_HOLE: Edit = ("(entries >= 0) & (entries < context)", "(entries != -1) & (context > 0)")
 
 # fmt: off
 FAULTS: tuple[Fault, ...] = (
@@ -126,7 +134,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("A2", "softmax_scale = 512^-0.5 whatever is passed", SCALE, "512**-0.5"),
     Fault("A33", "softmax_scale = 576^-0.5 whatever is passed", SCALE, 'call.arrays["q"].shape[2] ** -0.5', "FlashMLA's and Ascend's default"),
     Fault("A28", "softmax_scale off by 0.5%", SCALE, f"{SCALE} * 1.005"),
-    Fault("A77", "softmax_scale of DeepSeek-V3.2 whatever is passed", SCALE, "V32_SCALE"),
+    Fault("A77", "softmax_scale of DeepSeek-V3.2 whatever is passed", SCALE, str(V32_SCALE)),
     Fault("A5", "rotated part of the keys dropped", "q[:, ::-1], kv[:, ::-1]", "q[:, 511::-1], kv[:, 511::-1]"),
     Fault("A34", "logits in float16", LOGITS, LOGITS.replace("profile.logit", '"float16"'), "FlagGems sparse_mla"),
     Fault("A10", "exp2 without log2(e)", "np.exp(logits", "np.exp2(logits"),
@@ -145,16 +153,14 @@ FAULTS: tuple[Fault, ...] = (
     Fault("A32", "last split missing from the merge", POSITIONS, f"np.concatenate(np.array_split({POSITIONS}, 8)[:-1])"),
     Fault("A35", "partial outputs merged in the other base", WEIGHED, "merged_base_two(logits, values) * total[:, None]", "vllm#28840"),
     # The running maximum is still -inf; what rescales the accumulator is exp(-inf - -inf).
-    Fault("A36", "NaN where the first tile of a row is all holes", TOP, f"{TOP} + (0 if (inside & counted)[:64].any() else -np.inf - -np.inf)", "vllm#48366",
-          more=((EMPTY_ROW, "outputs[row], lses[row] = np.nan, np.nan"),)),
+    Fault("A36", "NaN where the first tile of a row is all holes", TOP, f"{TOP} + (0 if (inside & counted)[:64].any() else -np.inf - -np.inf)",
+          "vllm#48366", more=((EMPTY_ROW, NAN_ROW),)),
 
     # --- which entries count ---
     Fault("A3", "-1 read as the last key", ENTRIES, f"{ENTRIES}; entries[entries == -1] = context - 1", "cudnn-frontend#298"),
     Fault("A4", "-1 read as key 0", ENTRIES, f"{ENTRIES}; entries[entries == -1] = 0", "cudnn-frontend#298"),
-    Fault("A37", "only -1 skipped, other invalid indices wrap", POSITIONS, f"{POSITIONS} % context", "flashinfer-bench's and Ascend's references",
-          more=(("(entries >= 0) & (entries < context)", "(entries != -1) & (context > 0)"),)),
-    Fault("A38", "only -1 skipped, other invalid indices clamped", POSITIONS, f"np.clip({POSITIONS}, 0, context - 1)", "FlashMLA decode skips -1 alone",
-          more=(("(entries >= 0) & (entries < context)", "(entries != -1) & (context > 0)"),)),
+    Fault("A37", "only -1 skipped, other invalid indices wrap", POSITIONS, f"{POSITIONS} % context", "flashinfer-bench's and Ascend's references", more=(NOT_A_HOLE,)),
+    Fault("A38", "only -1 skipped, other invalid indices clamped", POSITIONS, f"np.clip({POSITIONS}, 0, context - 1)", "FlashMLA decode skips -1 alone", more=(NOT_A_HOLE,)),
     Fault("A39", "indices past the request's end followed", " & (entries < context)", "", "TileLang's DeepSeek-V4 kernel", more=(IN_TABLE, IN_MEMORY)),
     Fault("A40", "first -1 ends the row", COUNTED, f"({COUNTED}) & np.logical_and.accumulate(entries != -1)", "npu_sparse_flash_attention"),
     Fault("A41", "repeated index counted once", POSITIONS, f"np.unique({POSITIONS})", "scatter masks of DeepSeek, TileLang, transformers"),
@@ -162,17 +168,15 @@ FAULTS: tuple[Fault, ...] = (
     Fault("A43", "causal mask added again", UPPER, "entries < context - stop + row + 1", "npu_sparse_flash_attention, sparse_mode 3"),
     Fault("A44", "masked by row number, without the offset of the chunk", UPPER, "entries < min(context, row - begin + 1)", "TileLang and FlagGems sparse_mla"),
     Fault("A45", "entries past the count of visible keys not read", COUNTED, COUNTED.replace("count", "min(count, context - stop + row + 1)"), "npu_sparse_flash_attention"),
-    # They are for the index alone.
-    Fault("A75", "key_start and key_end applied to the selected keys", POSITIONS, "entries[inside & counted & in_range]", more=(
-        (COUNTED, f"{COUNTED}\n            in_range = (entries >= batch['key_start'][row]) & (entries < batch['key_end'][row]) if 'key_start' in batch else True"),)),
-    Fault("A30", "topk_length ignored", COUNTED, "np.arange(len(entries)) >= 0", "flashinfer#5095"),
-    Fault("A46", "topk_length read per request", LENGTH, LENGTH.replace("row", "request"), "FlashMLA decode"),
+    Fault("A75", "key_start and key_end applied to the selected keys", POSITIONS, "entries[inside & counted & in_range(batch, row, entries)]"),
+    Fault("A30", "topk_length ignored", TOPK_LENGTH, "len(entries)", "flashinfer#5095"),
+    Fault("A46", "topk_length read per request", TOPK_LENGTH, TOPK_LENGTH.replace("row", "request"), "FlashMLA decode"),
     # All entries are gathered; those past topk_length get the probability 0.
     Fault("A47", "NaN of masked keys multiplied by 0", POSITIONS, "entries[inside]", "FlashMLA prefill, flash-attention#1745", more=(
         (LOGITS, f"np.where(counted[inside], {LOGITS}, -np.inf)"), (TOP, f"np.maximum({TOP}, -1e30)"), ("weighed / total", "weighed / np.maximum(total, 1e-30)"))),
 
     # --- rows without a valid entry ---
-    Fault("A22", "empty row is NaN", EMPTY_ROW, "outputs[row], lses[row] = np.nan, np.nan", "TileLang sparse_mla"),
+    Fault("A22", "empty row is NaN", EMPTY_ROW, NAN_ROW, "TileLang sparse_mla"),
     # Invalid entries are gathered as key 0; where there are no others, a finite mask leaves them equal probabilities.
     Fault("A23", "empty row is a mean of values", POSITIONS, "np.where(inside & counted, entries, 0)", "npu_sparse_flash_attention's mask of -1e12", more=(
         (LOGITS, f"np.where(inside & counted, {LOGITS}, -1e12)"), ("if not len(positions)", "if not context"))),
@@ -206,7 +210,9 @@ FAULTS: tuple[Fault, ...] = (
     Fault("A69", "heads from 64 on repeat the first ones", Q, f"{Q}[np.arange(heads) % 64]"),
     Fault("A27", "last row of a request is zero", "range(begin, stop)", "range(begin, stop - 1 if stop - begin > 1 else stop)", "aiter#4244"),
     Fault("A70", "indices of a request's first row used for all its rows", ENTRIES, ENTRIES.replace("row", "begin")),
-    Fault("A71", "cu_seqlens_q ignored: rows divided evenly", BEGIN_STOP, 'begin, stop = np.arange(request, request + 2) * (batch["cu_seqlens_q"][-1] // len(batch["seqlens_k"]))'),
+    Fault("A71", "cu_seqlens_q ignored: rows divided evenly",
+          'begin, stop = int(batch["cu_seqlens_q"][request]), int(batch["cu_seqlens_q"][request + 1])',
+          'begin, stop = np.arange(request, request + 2) * (batch["cu_seqlens_q"][-1] // len(batch["seqlens_k"]))'),
     # They fall to the last request.
     Fault("A72", "padding rows computed", "range(begin, stop)", 'range(begin, stop if request < len(batch["seqlens_k"]) - 1 else len(outputs))'),
 
@@ -216,7 +222,6 @@ FAULTS: tuple[Fault, ...] = (
     # They pass through e8m0.
     Fault("A55", "tile scales cut down to powers of two", TILES, TILES.replace("scales", "(scales.view(np.uint32) & 0xFF800000).view(np.float32)"), "FlashMLA#184"),
     Fault("A56", "tile scales in bfloat16", TILES, TILES.replace("scales", 'rounded(scales, "bfloat16")'), "FlashMLA on SM90"),
-    # Values, scales, rotated part; values, rotated part, scales.
     Fault("A57", "656-byte cache read in the other order (nsr as nrs)", PARTS, PARTS.replace("unpack(", "misread(NSR_AS_NRS, "), "FlashMLA's cache on Ascend"),
     Fault("A58", "656-byte cache read in the other order (nrs as nsr)", PARTS, PARTS.replace("unpack(", "misread(NRS_AS_NSR, "), "Ascend's cache by FlashMLA"),
     Fault("A78", "e4m3 subnormals of the cache decoded as 0", "codes * ", "np.where(abs(codes) < 2**-6, 0, codes) * ", "decoders in software"),
@@ -226,17 +231,17 @@ FAULTS: tuple[Fault, ...] = (
     Fault("A24", "stale page: the last page read from the one before", LOOKUP, "table[request, np.where(page == (context - 1) // page_size, np.maximum(page - 1, 0), page)]"),
     Fault("A60", "block table ignored", LOOKUP, "page"),
     Fault("A61", "block table of the neighbour request", LOOKUP, "table[(request + 1) % len(table), page]", more=(IN_MEMORY,)),
-    Fault("A62", "page size assumed to be 64", PAGE_SIZE, "page_size, table = 64", more=(IN_TABLE, IN_MEMORY)),
+    Fault("A62", "page size assumed to be 64", 'page_size, table = int(call.batch_options["page_size"])', "page_size, table = 64", more=(IN_TABLE, IN_MEMORY)),
     # Page and slot by shift and mask.
     Fault("A74", "page size rounded down to a power of two", DIVMOD, DIVMOD.replace("page_size", "1 << page_size.bit_length() - 1"), more=(IN_TABLE, IN_MEMORY)),
     # As long as the longest request needs.
     Fault("A79", "row stride of the block table assumed", LOOKUP, 'table.reshape(-1)[request * -(-int(batch["seqlens_k"].max()) // page_size) + page]', more=(IN_MEMORY,)),
     Fault("A63", "first key of the page read for all of its keys", "* page_size + offset", "* page_size", "aiter#5591"),
     Fault("A64", "index taken as a physical slot", f"{LOOKUP} * page_size + offset", "positions", "FlashMLA decode, SGLang"),
-    Fault("A65", "index taken as a row of the flat keys", FLAT, "positions", "FlashMLA prefill"),
-    Fault("A31", "32-bit element offset wraps", CACHE, f'width = call.arrays["kv"].shape[-1]\n            slots = (slots * width).astype(np.int32) // width\n            {CACHE}', "aiter#5614, vllm#50576",
-          more=((CACHE, IN_MEMORY[1]),)),
-    Fault("A66", "seqlens_k rounded up to whole pages", CONTEXT, f'size = int(call.batch_options["page_size"] or 1)\n        {CONTEXT.replace("= ", "= -(-")} // size) * size'),
+    Fault("A65", "index taken as a row of the flat keys", 'int(batch["cu_seqlens_k"][request]) + positions', "positions", "FlashMLA prefill"),
+    Fault("A31", "32-bit element offset wraps", CACHE, f"slots = (slots * WIDTH).astype(np.int32) // WIDTH{LINE}{CACHE}".replace("WIDTH", 'call.arrays["kv"].shape[-1]'),
+          "aiter#5614, vllm#50576", more=(IN_MEMORY,)),
+    Fault("A66", "seqlens_k rounded up to whole pages", CONTEXT, f'{CONTEXT}; context += -context % int(call.batch_options["page_size"] or 1)'),
     Fault("A67", "seqlens_k ignored: length taken from cu_seqlens_k", CONTEXT, f'{CONTEXT} if "block_table" in batch else int(np.diff(batch["cu_seqlens_k"])[request])'),
     Fault("A68", "ragged lengths ignored: the longest for all", CONTEXT, CONTEXT.replace("[request]", ".max()"), more=(IN_TABLE, IN_MEMORY)),
 
