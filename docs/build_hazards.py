@@ -6,6 +6,8 @@ from pathlib import Path
 
 from dsa_portable.conformance.cases.catalogue import CASES, LISTS
 from dsa_portable.conformance.cases.hazards import HAZARDS, PORTABILITY
+from dsa_portable.conformance.selftest.inputs import INPUTS
+from dsa_portable.conformance.selftest.matrix import Kills, recorded
 
 DOCUMENT = Path(__file__).with_name("hazards.md")
 # The first list that has a case is named: smoke is a sample of core.
@@ -30,7 +32,36 @@ def _row(cells: list[str], tags: tuple[str, ...], beyond: str = "") -> str:
     return f"| {' | '.join([*cells, counts, ', '.join(examples) + (f'; {beyond}' if beyond else '')])} |"
 
 
-def render() -> str:
+def kills_of(tag: str, kills: Kills) -> tuple[list[str], list[str]]:
+    """(faults that some input with the tag kills, those that no other input kills), by code."""
+    mine = {name for name, given in INPUTS.items() if tag in CASES[given.case].hazards}
+    killed = [code for code, by in kills.items() if mine & by.keys()]
+    return killed, [code for code in killed if kills[code].keys() <= mine]
+
+
+def proof(kills: Kills) -> list[str]:
+    """What the selftest shows of the tags: which faults their cases kill, tags that kill none, inputs that none needs."""
+    rows = {tag: kills_of(tag, kills) for tag in HAZARDS}
+    promises = ", ".join(f"`{tag}`" for tag, (killed, _) in rows.items() if not killed)
+    spare = ", ".join(f"`{name}`" for name in INPUTS if not any(by.keys() == {name} for by in kills.values()))
+    return [
+        "",
+        "## What the cases kill",
+        "",
+        f"From conformance/selftest/kills.json, as `dsa-portable selftest` compares it: {len(kills)} planted faults of the "
+        f"two operators, tried on {len(INPUTS)} inputs.",
+        "",
+        "| tag | faults killed | by no other tag's inputs |",
+        "| --- | --- | --- |",
+        *(f"| `{tag}` | {len(killed)} | {', '.join(only) or '-'} |" for tag, (killed, only) in rows.items() if killed),
+        "",
+        f"Promises, tags whose cases kill no planted fault: {promises or 'none'}.",
+        "",
+        f"Inputs that kill nothing which the others miss: {spare or 'none'}.",
+    ]
+
+
+def render(kills: Kills | None = None) -> str:
     """The whole document."""
     lines = [
         "# Hazards and the cases that show them",
@@ -47,6 +78,7 @@ def render() -> str:
     lines += [_row([str(h.number), h.what, ", ".join(f"`{tag}`" for tag in h.tags)], h.tags, h.beyond) for h in PORTABILITY]
     lines += ["", "## Tags", "", "| tag | what it stands for | cases | such as |", "| --- | --- | --- | --- |"]
     lines += [_row([f"`{tag}`", what], (tag,)) for tag, what in HAZARDS.items()]
+    lines += proof(recorded() if kills is None else kills)
     return "\n".join(lines) + "\n"
 
 

@@ -167,11 +167,10 @@ def _selftest(options: argparse.Namespace) -> int:
     matrix = importlib.import_module("dsa_portable.conformance.selftest.matrix")
     print("evidence SELFTEST: the suite examines itself, no backend is run")
     say = partial(print, flush=True)
-    found = (
-        matrix.sample(options.sample, options.jobs, say)
-        if options.sample
-        else matrix.run(options.fault, None, options.jobs, say)
-    )
+    if options.sample is not None:
+        found = matrix.sample(options.sample, options.jobs, say)
+    else:
+        found = matrix.run(options.fault, None, options.jobs, say)
     problems = matrix.problems(found)
     print("\n".join([*problems, matrix.verdict(found)]))
     return FAILED if problems else 0

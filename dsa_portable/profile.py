@@ -48,7 +48,6 @@ class Profile:
     finite_max: float = 3.4028234663852886e38  # intermediates, as they are kept, beyond this are outside the promise
     subnormals: str = "kept"  # or "flushed"
     ties: str = "any"  # "lowest": of equal scores at the boundary the lowest positions are kept
-    native_order: str = "ascending"  # what `sorted=False` returns: "ascending", "score" or "unordered"
     deterministic: bool = False  # the same bits from the same call, whatever the batch mates
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -11,10 +12,11 @@ from hypothesis import strategies as st
 
 from dsa_portable.conformance.cases.attend import AttendCase
 from dsa_portable.conformance.cases.catalogue import CASES
-from dsa_portable.conformance.faults.implementation import LightningIndex, SparseAttend
 from dsa_portable.conformance.judging import bounds, oracle
+from dsa_portable.conformance.judging.emulator import dot
 from dsa_portable.conformance.judging.judge import judge_call
 from dsa_portable.conformance.judging.rules import Verdict
+from dsa_portable.conformance.selftest.plant import Fault, kernel
 from dsa_portable.profile import Accumulator, Profile
 
 SMALL = replace(CASES["attend-bf16-prefill-lse"], id="small", requests=((2, 90), (1, 5)), heads=4, topk=64)
@@ -96,14 +98,15 @@ def test_a_rule_of_one_eps_around_the_kth_score_would_reject_honest_kernels() ->
 def test_the_score_bound_holds_for_honest_kernels(keys: int, accumulator: Accumulator, seed: int) -> None:
     case = replace(CASES["index-bf16-f32-prefill-scores"], id=f"bound{seed}", requests=((3, keys),), heads=4, topk=16)
     profile = Profile(accumulator=accumulator, ties="lowest")
-    found = judge_call(case, case.build(), LightningIndex(profile).run(case.build()), profile)
+    found = judge_call(case, case.build(), kernel(profile).run(case.build()), profile)
     assert found.metrics["score_error_over_bound"] <= 1  # type: ignore[operator]
 
 
-def _attend(case: AttendCase, profile: Profile, kernel: type[SparseAttend] = SparseAttend) -> Verdict:
+def _attend(case: AttendCase, profile: Profile, fault: Fault | None = None) -> Verdict:
     call = case.build()
+    outputs = kernel(profile, fault, globals()).run(call)
     with np.errstate(all="ignore"):
-        return judge_call(case, call, kernel(profile).run(call), profile)
+        return judge_call(case, call, outputs, profile)
 
 
 @settings(max_examples=40, deadline=None)
@@ -124,46 +127,29 @@ def test_the_proven_bounds_hold_for_honest_attention(
     assert found.metrics["lse_error_over_bound"] <= 1  # type: ignore[operator]
 
 
-class Scaled(SparseAttend):
-    """Everything 0.3% too large."""
-
-    def attend(self, q, kv, softmax_scale, value_dim, sink):  # type: ignore[no-untyped-def]
-        out, lse = super().attend(q, kv, softmax_scale, value_dim, sink)
-        return out * np.float32(1.003), lse
-
-
-class LseBase2(SparseAttend):
-    """lse in base 2 (vLLM 28840, SGLang 35045)."""
-
-    def attend(self, q, kv, softmax_scale, value_dim, sink):  # type: ignore[no-untyped-def]
-        out, lse = super().attend(q, kv, softmax_scale, value_dim, sink)
-        return out, lse * np.float32(1.4426950408889634)
-
-
-class LseWithSink(SparseAttend):
-    """The sink enters the lse."""
-
-    def attend(self, q, kv, softmax_scale, value_dim, sink):  # type: ignore[no-untyped-def]
-        out, lse = super().attend(q, kv, softmax_scale, value_dim, sink)
-        return out, np.logaddexp(lse, sink) if sink is not None else lse
+OUT, LSE, LOGITS = "weighed / total[:, None]", "top + np.log(total)", "dot(q[:, ::-1], kv[:, ::-1], profile.accumulator)"
+SCALED = Fault("", "everything 0.3% too large", OUT, f"{OUT} * np.float32(1.003)")
+LSE_BASE_2 = Fault("", "lse in base 2 (vLLM 28840, SGLang 35045)", LSE, f"({LSE}) * np.float32(1.4426950408889634)")
+LSE_WITH_SINK = Fault("", "the sink enters the lse", LSE, f"{LSE} if sink is None else np.logaddexp({LSE}, sink)")
 
 
 @pytest.mark.parametrize(
-    ("kernel", "case_id", "words"),
+    ("fault", "case_id", "words"),
     [
-        (Scaled, "attend-bf16-prefill-flat", "bias slope"),
-        (LseBase2, "attend-bf16-prefill-lse", "lse is"),
-        (LseWithSink, "attend-bf16-prefill-sink", "lse is"),
+        (SCALED, "attend-bf16-prefill-flat", "bias slope"),
+        (LSE_BASE_2, "attend-bf16-prefill-lse", "lse is"),
+        (LSE_WITH_SINK, "attend-bf16-prefill-sink", "lse is"),
     ],
+    ids=lambda value: getattr(value, "title", None),
 )
-def test_each_attention_rule_can_fail(kernel: type[SparseAttend], case_id: str, words: str) -> None:
+def test_each_attention_rule_can_fail(fault: Fault, case_id: str, words: str) -> None:
     case = CASES[case_id]
     assert isinstance(case, AttendCase)
     # Probabilities in bfloat16 widen the bound so much on flat logits and many keys that only the bias tells of 0.3%.
-    case = replace(case, requests=((3, 4000),)) if kernel is Scaled else case
+    case = replace(case, requests=((3, 4000),)) if fault is SCALED else case
     profile = Profile(p="bfloat16")
     assert _attend(case, profile).status == "PASS"
-    found = _attend(case, profile, kernel)
+    found = _attend(case, profile, fault)
     assert found.status == "FAIL"
     assert words in found.reason
 
@@ -177,7 +163,7 @@ def test_being_better_than_declared_is_no_bias(logits: str, factor: float) -> No
     """A kernel of float32, under a profile whose emulator leans by more than the bias rule's constant on the peaked case."""
     case = replace(CASES["attend-bf16-prefill-flat"], requests=((3, 4000),), heads=4, logits=logits)
     call = case.build()
-    outputs = SparseAttend(Profile()).run(call)
+    outputs = kernel(Profile()).run(call)
     outputs = {**outputs, "out": (outputs["out"].astype(np.float32) * np.float32(factor)).astype(outputs["out"].dtype)}
     found = judge_call(case, call, outputs, TRUNCATING)
     lean = found.metrics["slope_emulated"]
@@ -204,67 +190,57 @@ def test_bias_is_what_lies_beyond_the_emulator_s_lean(emulated: float) -> None:
 
 
 def keys_share(sink: np.ndarray | None, lse: np.ndarray) -> np.ndarray:
-    """[Hq, 1], what a sink leaves to the keys."""
+    """[Hq, 1], what a sink leaves for the keys."""
     return np.ones((len(lse), 1), np.float32) if sink is None else 1 / (1 + np.exp(sink - lse))[:, None]
 
 
-class ByLse(SparseAttend):
+def by_lse(logits: np.ndarray, values: np.ndarray, sink: np.ndarray | None, profile: Profile) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities are exp(logit - lse), with an lse of float32."""
+    top = logits.max(axis=1)
+    lse = top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
+    p = np.exp(logits - lse[:, None])
+    return dot(p, np.ascontiguousarray(values.T), profile.accumulator) * keys_share(sink, lse), lse
 
-    def attend(self, q, kv, softmax_scale, value_dim, sink):  # type: ignore[no-untyped-def]
-        _, lse = super().attend(q, kv, softmax_scale, value_dim, None)
-        p = np.exp(self.logits(q.astype(np.float32), kv, softmax_scale) - lse[:, None])
-        return self.weigh(p, self.values(kv, value_dim)) * keys_share(sink, lse), lse
 
-
-class SplitsByLse(SparseAttend):
+def splits_by_lse(logits: np.ndarray, values: np.ndarray, sink: np.ndarray | None, profile: Profile) -> np.ndarray:
     """Four splits of the keys, merged by their lse of float32."""
+    parts = zip(np.array_split(logits, 4, axis=1), np.array_split(values, 4), strict=True)
+    outs, lses = (np.stack(side) for side in zip(*(by_lse(x, v, None, profile) for x, v in parts), strict=True))
+    lse = np.logaddexp.reduce(lses, axis=0)
+    return (np.exp(lses - lse)[:, :, None] * outs).sum(axis=0) * keys_share(sink, lse)
 
-    def attend(self, q, kv, softmax_scale, value_dim, sink):  # type: ignore[no-untyped-def]
-        parts = [super(SplitsByLse, self).attend(q, part, softmax_scale, value_dim, None) for part in np.array_split(kv, 4)]
-        outs, lses = (np.stack(side) for side in zip(*parts, strict=True))
-        lse = np.logaddexp.reduce(lses, axis=0)
-        return (np.exp(lses - lse)[:, :, None] * outs).sum(axis=0) * keys_share(sink, lse), lse
+
+def one_by_one(q: np.ndarray, kv: np.ndarray) -> np.ndarray:
+    """Dot products that add one product after the other, as an engine without a matrix unit for float32 does."""
+    total = np.zeros((len(q), len(kv)), np.float32)
+    for a, b in zip(q.T, kv.T, strict=True):
+        total += a[:, None] * b
+    return total
+
+
+OPERANDS = "(logits, kv[:, :value_dim], sink, profile)"
+BY_LSE = Fault("", "by lse", f"({OUT})", f"by_lse{OPERANDS}[0]")
+SPLITS_BY_LSE = Fault("", "splits by lse", f"({OUT})", f"splits_by_lse{OPERANDS}")
+ONE_BY_ONE = Fault("", "one by one", LOGITS, "one_by_one(q, kv)")
 
 
 @pytest.mark.parametrize("sink", [False, True])
-@pytest.mark.parametrize("kernel", [ByLse, SplitsByLse])
-def test_float32_may_round_its_lse(kernel: type[SparseAttend], sink: bool) -> None:
+@pytest.mark.parametrize("honest", [BY_LSE, SPLITS_BY_LSE], ids=lambda honest: honest.title)
+def test_float32_may_round_its_lse(honest: Fault, sink: bool) -> None:
     """At |lse| = 150 that one rounding moves a row by 2^-17, ten times what anything else in float32 costs."""
     case = replace(CASES["attend-f32-prefill-flat"], requests=((3, 4000),), heads=64, logits="hot", sink=sink)
     assert isinstance(case, AttendCase)
-    found = _attend(case, Profile(), kernel)
+    found = _attend(case, Profile(), honest)
     assert found.status == "PASS", found.reason
-
-
-class OneByOne(SparseAttend):
-    """Dot products that add one product after the other, as an engine without a matrix unit for float32 does."""
-
-    def logits(self, q, kv, softmax_scale):  # type: ignore[no-untyped-def]
-        total = np.zeros((len(q), len(kv)), np.float32)
-        for a, b in zip(q.astype(np.float32).T, kv.astype(np.float32).T, strict=True):
-            total += a[:, None] * b
-        return total * np.float32(softmax_scale)
 
 
 def test_float32_may_add_one_product_after_the_other() -> None:
     """Well inside what is allowed: an H100 reached 3.07 here while the walk had no drift, and this kernel 2.9."""
     case = CASES["attend-f32-prefill-rerun"]
     call = next(case.steps())
-    found = judge_call(case, call, OneByOne(Profile()).run(call), Profile())
+    found = judge_call(case, call, kernel(Profile(), ONE_BY_ONE, globals()).run(call), Profile())
     assert found.status == "PASS", found.reason
     assert found.metrics["rms_ratio"] < 2
-
-
-class Structure(LightningIndex):
-    """An honest kernel whose indices are then spoilt by `spoil`."""
-
-    spoil = staticmethod(lambda indices: None)
-
-    def run(self, call):  # type: ignore[no-untyped-def]
-        outputs = super().run(call)
-        type(self).spoil(outputs["indices"])
-        return outputs
 
 
 @pytest.mark.parametrize(
@@ -279,17 +255,18 @@ class Structure(LightningIndex):
         (lambda i: i.__setitem__((4, 0), 2**31 - 1), "visible positions"),
     ],
 )
-def test_a_malformed_row_is_named(spoil: object, words: str) -> None:
+def test_a_malformed_row_is_named(spoil: Callable[[np.ndarray], None], words: str) -> None:
     case = CASES["index-e4m3-f32-f32-decode-lengths"]
-    kernel = type("Spoilt", (Structure,), {"spoil": staticmethod(spoil)})
-    found = judge_call(case, case.build(), kernel(Profile()).run(case.build()), Profile())
+    outputs = kernel(Profile()).run(case.build())
+    spoil(outputs["indices"])
+    found = judge_call(case, case.build(), outputs, Profile())
     assert found.status == "FAIL"
     assert words in found.reason
 
 
 def test_rows_that_prove_nothing_are_counted_apart() -> None:
     case = CASES["index-e4m3-f32-f32-decode-lengths"]
-    found = judge_call(case, case.build(), LightningIndex(Profile()).run(case.build()), Profile())
+    found = judge_call(case, case.build(), kernel(Profile()).run(case.build()), Profile())
     assert (found.selective_rows, found.vacuous_rows) == (3, 4)
 
 
@@ -297,7 +274,7 @@ def test_intermediates_beyond_the_declared_range_are_unsupported() -> None:
     case = CASES["index-e4m3-f32-f32-decode-scores"]
     profile = Profile(intermediate="float16", finite_max=65504.0)
     with np.errstate(all="ignore"):
-        found = judge_call(case, case.build(), LightningIndex(profile).run(case.build()), profile)
+        found = judge_call(case, case.build(), kernel(profile).run(case.build()), profile)
     assert found.status == "UNSUPPORTED"
 
 

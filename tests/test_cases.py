@@ -24,8 +24,9 @@ from dsa_portable.conformance.cases import storage, values
 from dsa_portable.conformance.cases.attend import INVALID, AttendCase
 from dsa_portable.conformance.cases.call import Call
 from dsa_portable.conformance.cases.catalogue import CASES, HAZARDS, LISTS, Case
+from dsa_portable.conformance.cases.contents import CANCEL_BITS, WEIGHT_SCALE
 from dsa_portable.conformance.cases.hazards import PORTABILITY
-from dsa_portable.conformance.cases.index import CANCEL_BITS, WEIGHT_SCALE, IndexCase
+from dsa_portable.conformance.cases.index import IndexCase
 from dsa_portable.conformance.judging import oracle
 from dsa_portable.conformance.report import claims
 from dsa_portable.formats import unpack

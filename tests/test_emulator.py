@@ -353,7 +353,6 @@ PROMISES: list[dict[str, Any]] = [
     {"finite_max": 65504.0},
     {"subnormals": "flushed"},
     {"ties": "lowest"},
-    {"native_order": "score"},
     {"deterministic": True},
 ]
 

@@ -47,5 +47,17 @@ def test_every_case_is_on_a_list_and_carries_known_tags() -> None:
         assert set(case.hazards) <= set(HAZARDS)
 
 
+def test_promises_and_decoration_are_named(build: ModuleType) -> None:
+    first, second = "index-e4m3-f32-f32-decode-out", "index-e4m3-f32-f32-decode-range"
+    proof = "\n".join(build.proof({"I1": {first: "visible"}, "I2": {first: "visible", second: "unique"}}))
+    assert "| `out` | 2 | I1 |" in proof
+    assert "| `key-range` | 1 | - |" in proof
+    promises, spare = proof.split("Promises, ")[1].split("Inputs that kill nothing")
+    assert "`visible-nan`" in promises
+    assert "`out`" not in promises
+    assert f"`{second}`" in spare
+    assert f"`{first}`" not in spare
+
+
 def test_the_page_is_current(build: ModuleType) -> None:
     assert (DOCS / "hazards.md").read_text(encoding="utf-8") == build.render(), "run: python docs/build_hazards.py"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 import pytest
@@ -11,14 +12,17 @@ import pytest
 from dsa_portable.conformance.cases.call import Call, Outputs, drive
 from dsa_portable.conformance.cases.catalogue import CASES
 from dsa_portable.conformance.cases.relation import RELATIONS, PipelineCase, RelationCase
-from dsa_portable.conformance.faults.implementation import LightningIndex, SparseAttend
 from dsa_portable.conformance.judging.judge import judge_calls
 from dsa_portable.conformance.judging.rules import Verdict
+from dsa_portable.conformance.selftest.matrix import planted
+from dsa_portable.conformance.selftest.plant import Fault, kernel
 from dsa_portable.profile import Profile
 
 PROFILE = Profile(ties="lowest", deterministic=True)
 PROFILES = {"lightning_index": PROFILE, "sparse_attend": PROFILE}
 INDEX = "index-e4m3-f32-f32"
+NAMED = "positions = entries[inside & counted]"
+SHIFTED = Fault("", "every entry names the key before", NAMED, f"{NAMED}; positions = np.maximum(positions - 1, 0)")
 SMALL = {
     "rerun": (f"{INDEX}-prefill-rerun", "attend-bf16-decode-rerun-lse"),
     "batch-mates": (f"{INDEX}-prefill-batch-mates", "attend-bf16-decode-batch-mates-lse"),
@@ -32,12 +36,17 @@ SMALL = {
 }
 
 
-def run(case: RelationCase | PipelineCase, index: LightningIndex, attend: SparseAttend) -> tuple[list[Call], list[Outputs]]:
+class Runs(Protocol):
+    """A kernel, or what stands around one."""
+
+    def run(self, call: Call) -> Outputs: ...
+
+
+def run(case: RelationCase | PipelineCase, running: Runs) -> tuple[list[Call], list[Outputs]]:
     outputs: list[Outputs] = []
 
     def call(step: Call) -> Outputs:
-        with np.errstate(all="ignore"):
-            outputs.append((index if step.operator == "lightning_index" else attend).run(step))
+        outputs.append(running.run(step))
         return outputs[-1]
 
     return drive(case.steps(), call), outputs
@@ -51,8 +60,8 @@ def small(case_id: str) -> RelationCase:
     return replace(case, base=replace(case.base, requests=requests, heads=8, topk=128))
 
 
-def verdict(case: RelationCase | PipelineCase, index: LightningIndex, attend: SparseAttend) -> Verdict:
-    calls, outputs = run(case, index, attend)
+def verdict(case: RelationCase | PipelineCase, running: Runs) -> Verdict:
+    calls, outputs = run(case, running)
     with np.errstate(all="ignore"):
         return judge_calls(case, calls, outputs, lambda call: PROFILES[call.operator])
 
@@ -64,14 +73,8 @@ def test_every_relation_is_examined_here() -> None:
 
 @pytest.mark.parametrize("case_id", [id for ids in SMALL.values() for id in ids])
 def test_an_honest_kernel_agrees_with_itself(case_id: str) -> None:
-    found = verdict(small(case_id), LightningIndex(PROFILE), SparseAttend(PROFILE))
+    found = verdict(small(case_id), kernel(PROFILE))
     assert found.status == "PASS", found.reason
-
-
-class Counting:
-    """Counts its calls: what depends on the number of the call depends on history."""
-
-    calls = 0
 
 
 def nudged(call: Call, outputs: dict[str, np.ndarray], by: int) -> dict[str, np.ndarray]:
@@ -86,12 +89,16 @@ def nudged(call: Call, outputs: dict[str, np.ndarray], by: int) -> dict[str, np.
 
 @pytest.mark.parametrize("relation", ["rerun", "batch-mates", "query-slices", "page-size"])
 def test_one_changed_bit_is_seen(relation: str) -> None:
-    class Moody(SparseAttend, Counting):
-        def run(self, call: Call) -> dict[str, np.ndarray]:
-            type(self).calls += 1
-            return nudged(call, super().run(call), self.calls > 1)
+    class Moody:
+        """What depends on the number of the call depends on history."""
 
-    found = verdict(small(SMALL[relation][1]), LightningIndex(PROFILE), Moody(PROFILE))
+        calls = 0
+
+        def run(self, call: Call) -> Outputs:
+            self.calls += 1
+            return nudged(call, kernel(PROFILE).run(call), self.calls > 1)
+
+    found = verdict(small(SMALL[relation][1]), Moody())
     assert found.status == "FAIL"
     assert "elements differ" in found.reason
 
@@ -107,20 +114,10 @@ def test_one_changed_bit_is_seen(relation: str) -> None:
 )
 def test_a_selection_that_flips_among_ties_is_seen(case_id: str, words: str) -> None:
     """I37: every set is right by itself, but equal scores fall otherwise from call to call."""
-
-    class Flipping(LightningIndex, Counting):
-        def run(self, call: Call) -> dict[str, np.ndarray]:
-            type(self).calls += 1
-            return super().run(call)
-
-        def select(self, scores: np.ndarray, topk: int) -> np.ndarray:
-            order = np.argsort(-scores, kind="stable")
-            return (len(scores) - 1 - np.argsort(-scores[::-1], kind="stable") if self.calls // 2 % 2 else order)[:topk]
-
     case = small(case_id)
     tied = replace(case, base=replace(case.base, content="plateau"))
     loose = {**PROFILES, "lightning_index": replace(PROFILE, ties="any")}
-    calls, outputs = run(tied, Flipping(PROFILE), SparseAttend(PROFILE))
+    calls, outputs = run(tied, planted("I37", "lightning_index", PROFILE))
     with np.errstate(all="ignore"):
         found = judge_calls(tied, calls, outputs, lambda call: loose[call.operator])
     assert found.status == "FAIL"
@@ -128,21 +125,18 @@ def test_a_selection_that_flips_among_ties_is_seen(case_id: str, words: str) -> 
 
 
 def test_a_declared_tie_rule_is_judged() -> None:
-    class Highest(LightningIndex):
-        def select(self, scores: np.ndarray, topk: int) -> np.ndarray:
-            return (len(scores) - 1 - np.argsort(-scores[::-1], kind="stable"))[:topk]
-
+    highest = planted("I71", "lightning_index", PROFILE)
     case = replace(CASES[f"{INDEX}-prefill-ties"], requests=((3, 400),), heads=8, topk=128)
     for profile, status in ((PROFILE, "FAIL"), (replace(PROFILE, ties="any"), "PASS")):
         calls: Sequence[Call] = [case.build()]  # type: ignore[union-attr]
-        found = judge_calls(case, calls, [Highest(profile).run(calls[0])], lambda call, profile=profile: profile)
+        found = judge_calls(case, calls, [highest.run(calls[0])], lambda call, profile=profile: profile)
         assert found.status == status, found.reason
     assert verdict_of_honest(case).status == "PASS"
 
 
 def verdict_of_honest(case: object) -> Verdict:
     call = case.build()  # type: ignore[attr-defined]
-    return judge_calls(case, [call], [LightningIndex(PROFILE).run(call)], lambda call: PROFILES[call.operator])  # type: ignore[arg-type]
+    return judge_calls(case, [call], [kernel(PROFILE).run(call)], lambda call: PROFILES[call.operator])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("end", ["prefill", "decode"])
@@ -155,19 +149,11 @@ def test_a_pipeline_judges_both_ends(end: str) -> None:
         index=replace(case.index, requests=requests, heads=8, topk=128),
         attend=replace(case.attend, requests=requests, heads=8, topk=128),
     )
-    assert verdict(case, LightningIndex(PROFILE), SparseAttend(PROFILE)).status == "PASS"
+    assert verdict(case, kernel(PROFILE)).status == "PASS"
 
-    class Worst(LightningIndex):
-        def select(self, scores: np.ndarray, topk: int) -> np.ndarray:
-            return np.argsort(scores, kind="stable")[:topk]
-
-    class Shifted(SparseAttend):
-        def valid(self, entries: np.ndarray, length: int) -> np.ndarray:
-            return np.maximum(super().valid(entries, length) - 1, 0)
-
-    wrong_indices = verdict(case, Worst(PROFILE), SparseAttend(PROFILE))
+    wrong_indices = verdict(case, planted("I30", "lightning_index", PROFILE))
     assert wrong_indices.status == "FAIL"
     assert wrong_indices.reason.startswith("call 0 of 2")
-    wrong_keys = verdict(case, LightningIndex(PROFILE), Shifted(PROFILE))
+    wrong_keys = verdict(case, kernel(PROFILE, SHIFTED))
     assert wrong_keys.status == "FAIL"
     assert wrong_keys.reason.startswith("call 1 of 2")

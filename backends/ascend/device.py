@@ -113,7 +113,6 @@ SOURCES: Mapping[str, Mapping[str, str]] = {
         "scale_compute": ASSUMED,
         "subnormals": ASSUMED,
         "ties": "none promised; vllm-ascend#15053 saw them depend on the tiling",
-        "native_order": "the adapter sorts",
         "deterministic": "not promised",
     },
     "sparse_attend": {

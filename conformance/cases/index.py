@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -11,6 +13,7 @@ from dsa_portable.arrays import NUMPY_DTYPES
 from dsa_portable.batch import DECODE_ROWS
 from dsa_portable.conformance.cases import values
 from dsa_portable.conformance.cases.call import Call, SingleCall
+from dsa_portable.conformance.cases.contents import CONTENTS, Content, Drawn
 from dsa_portable.conformance.cases.storage import Storage, flat, paged, share
 from dsa_portable.formats import pack
 from dsa_portable.signature import SHORT
@@ -18,18 +21,13 @@ from dsa_portable.signature import SHORT
 Array: TypeAlias = np.ndarray[Any, Any]
 
 LONG = {short: name for name, short in SHORT.items()}
-# Per operand: the power of two that brings `bell` (and the heads' weighted sum) into the format's usual range.
-OPERAND_SCALE = {"e4m3": 1.0, "int8": 0.25, "bf16": 2.0**-7, "f16": 2.0**-7, "f32": 2.0**-7}
-WEIGHT_SCALE = {"e4m3": 2.0**-24, "int8": 2.0**-20, "bf16": 2.0**-20, "f16": 2.0**-20, "f32": 2.0**-20}
-# Significand bits of the `cancel` weights: more than bfloat16 has, in float32 more than float16 and TF32 have.
-CANCEL_BITS = {"f32": 11, "f16": 10, "bf16": 7}
 # How much larger a key around the causal boundary is: it nearly always ranks among the best, so that one too many or few shows.
 BOUNDARY_BOOST = 8
 
 
 @dataclass(frozen=True)
 class IndexCase(SingleCall):
-    """One call of lightning_index. `lattice`, `cancel` and `plateau` are exact in every legal arithmetic: zero tolerance."""
+    """One call of lightning_index; exact contents are exact in every legal arithmetic: zero tolerance."""
 
     id: str
     why: str
@@ -39,7 +37,7 @@ class IndexCase(SingleCall):
     heads: int = 64
     head_dim: int = 128
     topk: int = 2048
-    content: str = "natural"  # natural, clustered, codes, lattice, ties, cancel, plateau
+    content: str = "natural"  # a row of contents.CONTENTS
     power_of_two_scales: bool = False
     padding_rows: int = 0
     page_size: int | None = None
@@ -62,7 +60,7 @@ class IndexCase(SingleCall):
     @property
     def exact(self) -> bool:
         """True where every product and partial sum is a small multiple of one power of two."""
-        return self.content in ("lattice", "ties", "cancel", "plateau")
+        return CONTENTS[self.content].exact
 
     def build(self, seed: str = "") -> Call:
         """The call; `seed` draws other values of the same shapes."""
@@ -71,8 +69,10 @@ class IndexCase(SingleCall):
         lengths = tuple(lk for _, lk in self.requests)
         storage = paged(name, lengths, self.page_size, self.shared_pages) if self.page_size else flat(lengths, self.gap)
         operand, weight, scale = self.format.split("/")
-        q, weights = self._queries(name, rows, operand, weight)
-        keys, scales = self._keys(name, storage, operand, scale)
+        content, drawn = CONTENTS[self.content], partial(self._drawn, name, operand, weight, scale != "-")
+        q = content.q(drawn(f"{name}/q", (rows, self.heads, self.head_dim)))
+        weights = content.weights(drawn(f"{name}/weights", (rows, self.heads)))
+        keys, scales = self._keys(name, content, drawn, storage)
         if self.visible_nan:
             # Row 0 carries a NaN itself; position 1 of the last request is a NaN key that only its own rows see.
             weights[0, 0] = np.nan
@@ -93,72 +93,21 @@ class IndexCase(SingleCall):
             keys[r][~seen] = 127 if operand == "int8" else np.nan
             scales[r][~seen] = np.nan
 
-    def _queries(self, name: str, rows: int, operand: str, weight: str) -> tuple[Array, Array]:
-        shape = (rows, self.heads, self.head_dim)
-        if self.content == "lattice":
-            q = values.integers(f"{name}/q", shape, -2, 2).astype(np.float64)
-            sign = values.integers(f"{name}/sign", shape[:2], 0, 3)
-            weights = np.where(sign == 0, -1.0, 1.0) * 2.0 ** values.integers(f"{name}/weights", shape[:2], -2, 1)
-        elif self.content == "ties":
-            # So few values that many keys share the score at the boundary.
-            q = values.integers(f"{name}/q", shape, -1, 1).astype(np.float64)
-            weights = 1.0 - 2 * values.integers(f"{name}/weights", shape[:2], 0, 1)
-        elif self.content == "cancel":
-            # Heads come in pairs with equal queries and weights a and d - a: the score is sum d * dot, d in the low bits of a.
-            half = values.integers(f"{name}/q", (rows, self.heads // 2, self.head_dim), -1, 1)
-            q = np.repeat(half, 2, axis=1).astype(np.float64)
-            bits = CANCEL_BITS[weight]
-            a = (1 << bits) + values.integers(f"{name}/weights", (rows, self.heads // 2), 0, (1 << bits) - 1)
-            d = values.integers(f"{name}/difference", a.shape, 1, 3)
-            weights = np.stack([a, d - a], axis=2).reshape(rows, self.heads) * 2.0**-bits
-        elif self.content == "plateau":
-            q = values.integers(f"{name}/q", shape, 0, 2).astype(np.float64)
-            weights = values.bell(f"{name}/weights", shape[:2]) * 2.0**-10
-        elif self.content == "codes":
-            q = values.float8_codes(f"{name}/q", shape)
-            weights = values.fine_bell(f"{name}/weights", shape[:2]) * WEIGHT_SCALE[operand]
-        else:
-            q = values.bell(f"{name}/q", shape) * OPERAND_SCALE[operand]
-            # Three quarters of the weights are positive, so that a large key has a large score, yet signs matter.
-            weights = (values.fine_bell(f"{name}/weights", shape[:2]) + 25000) * WEIGHT_SCALE[operand]
-        return q, weights
+    def _drawn(self, name: str, operand: str, weight: str, scaled: bool, label: str, shape: tuple[int, ...]) -> Drawn:
+        return Drawn(label, shape, operand, weight, scaled, self.power_of_two_scales, f"{name}/common")
 
-    def _keys(self, name: str, storage: Storage, operand: str, scale: str) -> tuple[list[Array], list[Array]]:
+    def _keys(
+        self, name: str, content: Content, drawn: Callable[[str, tuple[int, ...]], Drawn], storage: Storage
+    ) -> tuple[list[Array], list[Array]]:
         keys, scales = [], []
         for r, (lq, lk) in enumerate(self.requests):
-            shape, label = (lk, self.head_dim), f"{name}/k{r}"
-            if self.content == "lattice":
-                key = values.integers(label, shape, -2, 2).astype(np.float64)
-            elif self.content in ("cancel", "ties"):
-                key = values.integers(label, shape, -1, 1).astype(np.float64)
-            elif self.content == "plateau":
-                # Every other key gets a score of either sign, which a scale of 0 then makes +0.0 or -0.0.
-                key = -values.integers(label, shape, 0, 2).astype(np.float64)
-                if scale != "-":
-                    key[::2] = values.integers(f"{label}/mixed", key[::2].shape, -2, 2)
-            elif self.content == "codes":
-                key = values.float8_codes(label, shape)
-            elif self.content == "clustered":
-                # One common key, and only the last eight dimensions differ: all scores share their leading bits.
-                common = values.bell(f"{name}/common", (1, self.head_dim)) * OPERAND_SCALE[operand]
-                key = np.repeat(common, lk, axis=0)
-                key[:, -8:] = values.bell(label, (lk, 8)) * OPERAND_SCALE[operand]
-            else:
-                key = values.bell(label, shape) * OPERAND_SCALE[operand]
-            if scale == "-" or self.exact:
-                # Powers of two that vary from key to key, so that a scale read from the neighbour shows in exact cases too.
-                factor = 2.0 ** values.integers(f"{label}/scale", (lk,), -1, 1) if self.content == "lattice" else np.ones(lk)
-                # A scale of 0 is legal: +0.0 or -0.0, whatever the key.
-                if self.content in ("plateau", "lattice") and scale != "-":
-                    factor[:: 2 if self.content == "plateau" else 5] = 0
-            else:
-                factor = values.scales(f"{label}/scale", (lk,), self.power_of_two_scales).astype(np.float64)
-                if self.content == "clustered":
-                    factor = np.full(lk, 0.7421875)
+            key = content.key(drawn(f"{name}/k{r}", (lk, self.head_dim)))
+            scale = drawn(f"{name}/k{r}/scale", (lk,))
+            factor = content.scale(scale)
             if self.content == "natural" and self.causal:
                 boundary = slice(max(0, lk - lq - 1), lk)
-                (key if scale == "-" else factor)[boundary] *= BOUNDARY_BOOST
-            if scale == "-":
+                (factor if scale.scaled else key)[boundary] *= BOUNDARY_BOOST
+            if not scale.scaled:
                 key, factor = key * factor[:, None], np.ones(lk)
             keys.append(key)
             scales.append(factor)

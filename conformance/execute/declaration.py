@@ -71,7 +71,6 @@ PROFILE: Mapping[str, Check] = {
     "finite_max": _POSITIVE,
     "subnormals": _one_of("kept", "flushed"),
     "ties": _one_of("any", "lowest"),
-    "native_order": _one_of("ascending", "score", "unordered"),
     "deterministic": (lambda value: isinstance(value, bool), "True or False"),
 }
 ACCUMULATOR: Mapping[str, Check] = {"bits": _count(1), "rounding": _one_of("RN", "RZ"), "group": _count(1)}

@@ -35,7 +35,7 @@ from dsa_portable.conformance.hosts import triton
 from dsa_portable.errors import BackendError, Unsupported
 
 # Packages that know answers.
-ANSWERS = tuple(f"dsa_portable.conformance.{name}" for name in ("judging", "faults", "selftest", "bench"))
+ANSWERS = tuple(f"dsa_portable.conformance.{name}" for name in ("judging", "selftest", "bench"))
 # How many NaN-filled buffers of each output's size are left for the backend's allocator to hand out again.
 STALE_BUFFERS = 3
 

@@ -9,7 +9,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from dsa_portable.conformance.report.schema import CaseResult, Report, Status, tally
-from dsa_portable.conformance.report.terminal import one_line
+from dsa_portable.conformance.report.text import one_line
 
 _Key = tuple[str, str, str]
 # JUnit knows three outcomes beside success; WAIVED is among the skipped, because it is neither a pass nor news.

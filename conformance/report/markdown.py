@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from dsa_portable.conformance.report.schema import FAILING, NOTES, CaseResult, Report, Status
-from dsa_portable.conformance.report.terminal import grouped, one_line, rows_shown
+from dsa_portable.conformance.report.text import grouped, one_line, rows_shown
 
 # Summary pages are cut at a fixed size; report.json holds every failure.
 _FAILURES_SHOWN = 50

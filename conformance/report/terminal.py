@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import textwrap
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from dsa_portable.conformance.report.schema import (
-    EXECUTED,
-    FAILING,
-    CaseResult,
-    Report,
-    Status,
-)
+from dsa_portable.conformance.report.schema import FAILING, CaseResult, Report, Status
+from dsa_portable.conformance.report.text import grouped, one_line, rows_shown
 
 WIDTH = 100
 _RED, _GREEN, _YELLOW, _PLAIN = "\x1b[31m", "\x1b[32m", "\x1b[33m", "\x1b[0m"
 _COLUMNS = ("operator", "format", "phase", "envelope", "level")
-
-
-def one_line(text: str) -> str:
-    """The text on one line; control characters, which a backend's message may carry to the terminal, are escaped."""
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in " ".join(text.split()))
 
 
 def header(run: Report) -> str:
@@ -54,20 +43,6 @@ def progress(case: CaseResult, done: int, of: int, elapsed: float) -> str:
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes:3}:{rest:02}"
-
-
-def grouped(cases: Iterable[CaseResult], status: Status) -> list[tuple[str, int]]:
-    """The reasons of the cases of one status with their counts, the commonest first."""
-    return Counter(one_line(case.reason) for case in cases if case.status is status).most_common()
-
-
-def rows_shown(report: Report) -> str:
-    """How many index rows of the executed cases test selection, and how many cannot; empty where none was executed."""
-    rows = [(case.selective_rows or 0, case.vacuous_rows or 0) for case in report.cases if case.status in EXECUTED]
-    selective, vacuous = sum(row[0] for row in rows), sum(row[1] for row in rows)
-    if not selective + vacuous:
-        return ""
-    return f"index rows: {selective} test selection, {vacuous} see no more keys than topk and prove nothing about it"
 
 
 def table(report: Report, *, tty: bool = False) -> str:

@@ -17,6 +17,7 @@ from dsa_portable.conformance.cases.attend import AttendCase
 from dsa_portable.conformance.cases.call import Call, Steps
 from dsa_portable.conformance.cases.catalogue import CASES, Case
 from dsa_portable.formats import pack, unpack
+from dsa_portable.profile import Profile
 
 Array: TypeAlias = np.ndarray[Any, Any]
 HEADLINE = "index-e4m3-f32-f32"
@@ -25,12 +26,21 @@ LSE = (("return_lse", True),)
 
 @dataclass(frozen=True)
 class Input:
-    """A case, or one of its single calls changed; `dear`: tried only on faults that nothing else kills."""
+    """A case, or one of its single calls changed; `dear`: tried only on faults that nothing else kills.
+
+    `ties`: the tie rule that the kernels declare there; the narrowest but where a fault is to be seen by agreement alone.
+    """
 
     case: str
     change: Callable[[Call], Call] | None = None
     fields: tuple[tuple[str, Any], ...] = ()
     dear: bool = False
+    ties: str = "lowest"
+
+    @property
+    def profile(self) -> Profile:
+        """The narrowest profile that a chip can declare: whoever survives it survives all."""
+        return Profile(ties=self.ties)
 
     def made(self) -> tuple[Case, Steps]:
         """The case that judges and the calls that are made."""
@@ -50,12 +60,6 @@ def _one(call: Call) -> Steps:
 def with_arrays(call: Call, **arrays: Array) -> Call:
     """The call with other arrays."""
     return replace(call, arrays={**call.arrays, **arrays})
-
-
-def sinks_near_lse(call: Call) -> Call:
-    """Sinks that weigh as much as the keys do, in more than 8 bits, beside the infinite ones."""
-    sinks = np.array([-np.inf, 12.7, 11.3, np.inf, 13.9, 0.0], np.float32)
-    return with_arrays(call, attn_sink=sinks[np.arange(len(call.arrays["attn_sink"])) % len(sinks)])
 
 
 def all_holes(call: Call) -> Call:
@@ -97,36 +101,43 @@ def far_pages(call: Call) -> Call:
     return replace(with_arrays(call, kv=memory), batch={**call.batch, "block_table": table})
 
 
-_LISTED = (
+# Small cases, on which every fault of their operator is tried.
+_ALL = (
     *(f"{HEADLINE}-decode-{name}" for name in ("lengths", "paged64", "paged128", "scores", "out", "range")),
-    *(f"{HEADLINE}-prefill-{name}" for name in ("ragged", "lattice", "cancel", "plateau", "range", "not-causal", "codes")),
-    *(f"{HEADLINE}-prefill-{name}" for name in ("codes-scores", "pow2", "visible-nan", "planar", "interleaved")),
-    *(f"{HEADLINE}-prefill-{name}" for name in ("topk1", "topk512", "dim64", "ties-rerun")),
-    "index-bf16-f32-prefill-lattice",
+    f"{HEADLINE}-prefill-plateau",
     *(f"attend-bf16-decode-{name}" for name in ("paged64", "paged128", "flat", "lse")),
-    *(f"attend-bf16-prefill-{name}" for name in ("flat", "heads16", "onehot", "sink", "repeated", "topk-length")),
+    *(f"attend-bf16-prefill-{name}" for name in ("onehot", "sink")),
     "attend-f32-decode-flat",
-    "attend-f16-prefill-heads16",
-    *(f"attend-v32_fp8_656_nsr{name}" for name in ("-decode-flat", "_f32-decode-flat", "_f32-decode-paged128")),
+    "attend-v32_fp8_656_nsr-decode-flat",
+)
+# Cases of one hazard each, for what those leave alive.
+_REST = (
+    *(f"{HEADLINE}-prefill-{name}" for name in ("ragged", "lattice", "cancel", "range", "not-causal", "codes-scores")),
+    *(f"{HEADLINE}-prefill-{name}" for name in ("visible-nan", "planar", "interleaved", "topk1", "topk512", "dim64")),
+    "index-bf16-f32-prefill-lattice",
+    f"{HEADLINE}-decode-long",
+    *(f"attend-bf16-prefill-{name}" for name in ("repeated", "topk-length")),
+    *(f"attend-v32_fp8_656_nsr_f32-decode-{name}" for name in ("flat", "paged128")),
     "attend-ascend_656_nrs_int8-decode-flat",
 )
 INPUTS: Mapping[str, Input] = MappingProxyType(
     {
-        **{id: Input(id) for id in _LISTED},
-        f"{HEADLINE}-decode-long": Input(f"{HEADLINE}-decode-long", dear=True),
-        "attend-bf16-prefill-sink: sinks near lse": Input("attend-bf16-prefill-sink", sinks_near_lse),
-        "attend-bf16-decode-lse: a row of holes": Input("attend-bf16-decode-lse", all_holes),
+        **{id: Input(id) for id in _ALL},
+        **{id: Input(id, dear=True) for id in _REST},
+        f"{HEADLINE}-prefill-ties-rerun": Input(f"{HEADLINE}-prefill-ties-rerun", dear=True, ties="any"),
+        "attend-bf16-decode-lse: a row of holes": Input("attend-bf16-decode-lse", all_holes, dear=True),
         "attend-v32_fp8_656_nsr-decode-lse: pages around 2^31": Input(
             "attend-v32_fp8_656_nsr-decode-lse", far_pages, dear=True
         ),
         "attend-bf16-prefill-onehot: sink and lse": Input(
-            "attend-bf16-prefill-onehot", fields=(("sink", True), ("options", LSE))
+            "attend-bf16-prefill-onehot", fields=(("sink", True), ("options", LSE)), dear=True
         ),
-        "attend-bf16-prefill-mean: lse": Input("attend-bf16-prefill-mean", fields=(("options", LSE),)),
-        "attend-bf16-prefill-topk512: topk 500": Input("attend-bf16-prefill-topk512", fields=(("topk", 500),)),
-        "attend-bf16-decode-page256: pages of 61": Input("attend-bf16-decode-page256", fields=(("page_size", 61),)),
-        "attend-bf16-decode-flat: key ranges": Input("attend-bf16-decode-flat", ranges),
-        "attend-bf16-decode-flat: another softmax_scale": Input("attend-bf16-decode-flat", other_scale),
-        "attend-v32_fp8_656_nsr-decode-flat: subnormal codes": Input("attend-v32_fp8_656_nsr-decode-flat", small_codes),
+        "attend-bf16-prefill-topk512: topk 500": Input("attend-bf16-prefill-topk512", fields=(("topk", 500),), dear=True),
+        "attend-bf16-decode-page256: pages of 61": Input("attend-bf16-decode-page256", fields=(("page_size", 61),), dear=True),
+        "attend-bf16-decode-flat: key ranges": Input("attend-bf16-decode-flat", ranges, dear=True),
+        "attend-bf16-decode-flat: another softmax_scale": Input("attend-bf16-decode-flat", other_scale, dear=True),
+        "attend-v32_fp8_656_nsr-decode-flat: subnormal codes": Input(
+            "attend-v32_fp8_656_nsr-decode-flat", small_codes, dear=True
+        ),
     }
 )

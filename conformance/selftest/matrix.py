@@ -29,8 +29,6 @@ KILLS = Path(__file__).with_name("kills.json")
 MODULES = MappingProxyType({"lightning_index": lightning_index, "sparse_attend": sparse_attend})
 FAULTS: Mapping[str, Fault] = MappingProxyType({fault.code: fault for module in MODULES.values() for fault in module.FAULTS})
 OPERATOR: Mapping[str, str] = MappingProxyType({f.code: name for name, module in MODULES.items() for f in module.FAULTS})
-# The narrowest profile that a chip can declare: whoever survives it survives all.
-PROFILE = Profile(ties="lowest")
 HONEST = ""  # in the place of a fault's code
 # code -> input -> the rule that the fault breaks there
 Kills = dict[str, dict[str, str]]
@@ -59,24 +57,25 @@ class Matrix:
             self.idle.discard(code)
 
 
-def planted(code: str, operator: str) -> Kernel:
+def planted(code: str, operator: str, profile: Profile) -> Kernel:
     """A fresh kernel with the fault of this code, or the honest one. Raises PlantError."""
-    return kernel(PROFILE, FAULTS[code], vars(MODULES[operator])) if code else kernel(PROFILE)
+    return kernel(profile, FAULTS[code], vars(MODULES[operator])) if code else kernel(profile)
 
 
 def _try(name: str, codes: Sequence[str]) -> dict[str, tuple[str, str, bool]]:
     """code -> (status, rule or reason, some output is not the honest one's), the honest kernel's among them."""
     case, steps = INPUTS[name].made()
+    profile = INPUTS[name].profile
     honest: list[Outputs] = []
-    calls = _record(planted(HONEST, case.operator), steps, honest)
+    calls = _record(planted(HONEST, case.operator, profile), steps, honest)
     # Of one call, everything but the outputs is the same for all kernels; of several, later calls may depend on results.
     reference = None
     if len(calls) == 1:
         with np.errstate(all="ignore"):
-            reference = reference_of(case, calls[0], PROFILE)
+            reference = reference_of(case, calls[0], profile)
 
     def tried(code: str) -> tuple[str, str, bool]:
-        running, outputs, made = planted(code, case.operator), list[Outputs](), calls
+        running, outputs, made = planted(code, case.operator, profile), list[Outputs](), calls
         if len(calls) == 1:
             outputs.append(running.run(calls[0]))
         else:
@@ -86,7 +85,7 @@ def _try(name: str, codes: Sequence[str]) -> dict[str, tuple[str, str, bool]]:
             return "PASS", "", False
         with np.errstate(all="ignore"):
             if reference is None:
-                verdict = judge_calls(case, made, outputs, lambda call: PROFILE)
+                verdict = judge_calls(case, made, outputs, lambda call: profile)
             else:
                 verdict = judge_call(case, made[0], outputs[0], reference)
         return verdict.status, verdict.rule or verdict.reason, changed

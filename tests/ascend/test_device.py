@@ -15,9 +15,6 @@ from dsa_portable.backends.ascend import BACKEND, device, schemas
 from dsa_portable.conformance.report.schema import ProfileEntry
 from dsa_portable.errors import BackendNotImportable
 
-# Of lightning_index alone.
-ORDER = ("native_order",)
-
 
 def npu(*, available: bool = True, name: str = "Ascend910B3") -> Any:
     """What the probe asks of torch.npu."""
@@ -111,7 +108,6 @@ def test_every_declared_field_cites_a_document_or_says_that_it_is_assumed(operat
             "finite_max",
             "scale_compute",
             "ties",
-            "native_order",
         },
     }
     assert set(sources) | unused[operator] == set(vars(device.profile(None, operator, "bf16", "prefill")))

@@ -1,1 +1,0 @@
-"""Planted faults and honest variants: the suite's own examination."""
