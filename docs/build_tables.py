@@ -8,10 +8,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from dsa_portable import capability, signature
+from dsa_portable import contract, operators
 from dsa_portable.conformance.judging.rules import RULES
 from dsa_portable.formats import LAYOUTS
 from dsa_portable.formats.caches import CacheLayout
+from dsa_portable.operators.merge import MERGE
 from dsa_portable.profile import Profile
 
 CONTRACT, JUDGING = (Path(__file__).with_name(name) for name in ("contract.md", "judging.md"))
@@ -41,10 +42,10 @@ def formats() -> str:
         "| dtype | in claims | `lightning_index` q, k | `k_scale` | `sparse_attend` q, kv |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for dtype, short in signature.SHORT.items():
-        scale = "required" if dtype in signature.SCALED else "forbidden"
-        lines.append(f"| {dtype} | `{short}` | yes | {scale} | {'yes' if dtype in signature.FLOATS else 'in packed caches'} |")
-    lines += [f"| {dtype} | | reserved | | no |" for dtype in signature.RESERVED]
+    for dtype, short in contract.SHORT.items():
+        scale = "required" if dtype in contract.SCALED else "forbidden"
+        lines.append(f"| {dtype} | `{short}` | yes | {scale} | {'yes' if dtype in contract.FLOATS else 'in packed caches'} |")
+    lines += [f"| {dtype} | | reserved | | no |" for dtype in contract.RESERVED]
     return "\n".join(lines)
 
 
@@ -70,10 +71,10 @@ def rules() -> str:
 # Document -> the blocks that it holds.
 TABLES: dict[Path, dict[str, Callable[[], str]]] = {
     CONTRACT: {
-        **{s.name: partial(signature.table, s) for s in (*signature.SIGNATURES.values(), signature.MERGE)},
+        **{s.name: partial(contract.table, s) for s in (*(r.signature() for r in operators.REQUESTS.values()), MERGE)},
         "layouts": layouts,
         "formats": formats,
-        "features": capability.table,
+        "features": partial(contract.feature_table, operators.FEATURES),
         "profile": profile,
     },
     JUDGING: {"rules": rules},

@@ -26,7 +26,7 @@ from dsa_portable.errors import (  # noqa: E402
     UnknownBackend,
     Unsupported,
 )
-from dsa_portable.ops import lightning_index, merge, sparse_attend  # noqa: E402
+from dsa_portable.operators import lightning_index, merge, sparse_attend  # noqa: E402
 from dsa_portable.registry import list_backends, use_backend  # noqa: E402
 
 __version__ = "0.1.0"

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dsa_portable.arrays import Array
-from dsa_portable.capability import Capabilities
+from dsa_portable.contract import Capabilities
 from dsa_portable.profile import Profile
 
 # The contract this package implements (docs/contract.md); a backend names the one it was written for.
@@ -31,7 +31,7 @@ class Device:
 @dataclass(frozen=True)
 class Backend:
     """One declaration. `operators` are "module:function" strings, so that declaring imports no SDK; each function takes an
-    IndexRequest or AttendRequest (dsa_portable.request) and returns its results as arrays, a tuple where there are two.
+    IndexRequest or AttendRequest (dsa_portable.operators) and returns its results as arrays, a tuple where there are two.
 
     probe() imports the SDK (ImportError: it is missing) and returns the Device, or raises DeviceUnavailable.
     capabilities(device) and profile(device, operator, format, phase) take None where no device is known yet.

@@ -21,8 +21,8 @@ from typing import Any, NoReturn
 
 import dsa_portable
 from dsa_portable import registry
-from dsa_portable.capability import FEATURES
 from dsa_portable.errors import BackendError, BackendNotImportable, DSAError, InvalidArgument
+from dsa_portable.operators import FEATURES
 
 FAILED, USAGE, INCOMPLETE, UNAVAILABLE = 1, 2, 3, 4
 

@@ -14,7 +14,7 @@ import pytest
 
 from dsa_portable import Batch, DSAError, InvalidArgument, Unsupported, lightning_index, registry, sparse_attend
 from dsa_portable.formats import LAYOUTS
-from dsa_portable.request import attend_request, index_request
+from dsa_portable.operators import AttendRequest, IndexRequest
 
 NDArray = npt.NDArray[Any]
 BF16, E4M3, FNUZ, FP4 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e4m3fnuz, ml_dtypes.float4_e2m1fn
@@ -271,12 +271,12 @@ def test_numpy_integers_count(topk: Any) -> None:
 
 def test_a_backend_receives_plain_scalars() -> None:
     """So that no backend's arithmetic happens in uint8 because a caller's topk was one."""
-    options: Any = (np.uint8(4), None, None, np.True_, np.False_, "request", None)
-    index = index_request(INDEX["q"], INDEX["k"], INDEX["weights"], None, *options)
+    arrays = {name: INDEX[name] for name in ("q", "k", "weights")}
+    index = IndexRequest.checked(**arrays, topk=np.uint8(4), return_scores=np.True_, sorted=np.False_)
     assert (index.topk, index.return_scores, index.sorted) == (4, True, False)
     assert (type(index.topk), type(index.return_scores), type(index.sorted)) == (int, bool, bool)
-    options = (np.float32(0.5), np.int16(6), None, None, None, None, np.False_, "request", None)
-    attend = attend_request(ATTEND["q"], ATTEND["kv"], ATTEND["indices"], *options)
+    arrays = {name: ATTEND[name] for name in ("q", "kv", "indices")}
+    attend = AttendRequest.checked(**arrays, softmax_scale=np.float32(0.5), value_dim=np.int16(6), return_lse=np.False_)
     assert (type(attend.softmax_scale), type(attend.value_dim), type(attend.return_lse)) == (float, int, bool)
 
 
@@ -402,8 +402,8 @@ def test_a_call_checks_its_batch_once(name: str, monkeypatch: pytest.MonkeyPatch
 
 def test_a_call_of_the_wanted_kind_is_itself() -> None:
     out = (zeros(TQ, 4, dtype=np.int32),)
-    arguments = (zeros(TQ, H, D), zeros(TK, D), zeros(TQ, H), None, 4, Batch.of([TQ], [TK]), None, False, True, "request", out)
-    request = index_request(*arguments)
+    arrays = {"q": zeros(TQ, H, D), "k": zeros(TK, D), "weights": zeros(TQ, H)}
+    request = IndexRequest.checked(**arrays, topk=4, batch=Batch.of([TQ], [TK]), out=out)
     assert request.as_kind("numpy") is request
 
 

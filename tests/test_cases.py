@@ -17,7 +17,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsa_portable.arrays import NUMPY_DTYPES
-from dsa_portable.capability import FEATURES
 from dsa_portable.conformance import lists
 from dsa_portable.conformance import run as run_list
 from dsa_portable.conformance.cases import storage, values
@@ -30,6 +29,7 @@ from dsa_portable.conformance.cases.index import IndexCase
 from dsa_portable.conformance.judging import oracle
 from dsa_portable.conformance.report import claims
 from dsa_portable.formats import unpack
+from dsa_portable.operators import FEATURES
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Single: TypeAlias = IndexCase | AttendCase

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from dsa_portable.backends.cpu import BACKEND as CPU
-from dsa_portable.capability import ANY, FEATURES, YES, Capabilities
 from dsa_portable.conformance import lists
 from dsa_portable.conformance.cases.call import drive
 from dsa_portable.conformance.cases.catalogue import CASES, LISTS
 from dsa_portable.conformance.report import claims
 from dsa_portable.conformance.report.schema import NOT_GRANTED_WITH, CaseResult, Claim, Evidence, ProfileEntry, Status
+from dsa_portable.contract import ANY, YES, Capabilities
+from dsa_portable.operators import FEATURES
 from dsa_portable.profile import Profile
 
 INDEX = ("lightning_index", "e4m3/f32/f32", "decode")

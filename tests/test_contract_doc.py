@@ -14,8 +14,8 @@ import dsa_portable
 from dsa_portable import DSAError, errors, lightning_index, profile, sparse_attend
 from dsa_portable.backend import CONTRACT_VERSION
 from dsa_portable.batch import ARRAYS, DECODE_ROWS
-from dsa_portable.capability import FEATURES
 from dsa_portable.formats import LAYOUTS
+from dsa_portable.operators import FEATURES
 from dsa_portable.profile import Accumulator, Profile, envelope
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

@@ -12,11 +12,11 @@ import pytest
 
 from dsa_portable.backend import Backend, Device
 from dsa_portable.backends.cpu import BACKEND as CPU
-from dsa_portable.capability import ANY
 from dsa_portable.conformance.cases.catalogue import CASES, LISTS
 from dsa_portable.conformance.execute import declaration, recording
 from dsa_portable.conformance.execute.declaration import DeclarationError, subject_of
 from dsa_portable.conformance.execute.recording import Subject
+from dsa_portable.contract import ANY
 from dsa_portable.errors import BackendExited
 from dsa_portable.profile import Accumulator, Profile
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
 import subprocess
@@ -98,3 +99,18 @@ def test_a_module_under_its_former_name() -> None:
 def test_only_names_that_stay_are_listed() -> None:
     assert {"backends", "conformance"}.isdisjoint(dsa_portable.__all__)
     assert "list_backends" in dsa_portable.__all__
+
+
+@pytest.mark.parametrize(
+    ("former", "name", "successor"),
+    [
+        ("dsa_portable.request", "IndexRequest", "dsa_portable.operators"),
+        ("dsa_portable.request", "Request", "dsa_portable.contract"),
+        ("dsa_portable.capability", "ANY", "dsa_portable.contract"),
+        ("dsa_portable.capability", "FEATURES", "dsa_portable.operators"),
+    ],
+)
+def test_a_former_module_gives_what_it_gave(former: str, name: str, successor: str) -> None:
+    with pytest.warns(DeprecationWarning, match=rf"^{former} goes in dsa-portable 0.2.0; use {successor}\.$"):
+        found = getattr(importlib.import_module(former), name)
+    assert found is getattr(importlib.import_module(successor), name)

@@ -25,14 +25,13 @@ from dsa_portable import (
     InvalidArgument,
     UnknownBackend,
     Unsupported,
-    capability,
     lightning_index,
     registry,
     sparse_attend,
     use_backend,
 )
-from dsa_portable.capability import ANY, FEATURES
 from dsa_portable.formats import LAYOUTS
+from dsa_portable.operators import FEATURES
 
 ROOT = Path(__file__).resolve().parents[1]
 Q, K, W = np.zeros((2, 1, 4), np.float32), np.zeros((3, 4), np.float32), np.zeros((2, 1), np.float32)
@@ -41,7 +40,8 @@ Q, K, W = np.zeros((2, 1, 4), np.float32), np.zeros((3, 4), np.float32), np.zero
 PLUGIN = """
 import numpy as np
 from dsa_portable.backend import Backend, Device
-from dsa_portable.capability import ANY, FEATURES
+from dsa_portable.contract import ANY
+from dsa_portable.operators import FEATURES
 from dsa_portable.profile import Profile
 
 CAPABILITIES = {{operator: {{f.name: ANY for f in features}} for operator, features in FEATURES.items()}}
@@ -413,7 +413,6 @@ def test_a_data_feature_is_no_ones_business_in_a_call(install: Install) -> None:
 
 def test_the_asked_layouts_exist() -> None:
     assert {CACHE, KV_CACHE} <= set(LAYOUTS)
-    assert ANY is capability.ANY
 
 
 # --- listing ---------------------------------------------------------------------------------------------------------------

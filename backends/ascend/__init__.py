@@ -9,8 +9,7 @@ from dsa_portable.backend import Backend, Device
 from dsa_portable.backends.ascend import device
 from dsa_portable.backends.ascend.constraints import A2, A950, PRODUCTS, accepted
 from dsa_portable.backends.ascend.schemas import LIGHTNING_INDEXER, QUANT_LIGHTNING_INDEXER
-from dsa_portable.capability import ANY, YES, Capabilities
-from dsa_portable.signature import SHORT
+from dsa_portable.contract import ANY, SHORT, YES, Capabilities
 
 _SHARED: dict[str, Container[Any]] = {"flat": YES, "ragged": YES, "out": YES}
 # Attention gathers the keys that rows name, so that neither pages nor heads nor lse are bound by the vendor's operator.

@@ -16,9 +16,9 @@ from dsa_portable.arrays import from_numpy, to_numpy
 from dsa_portable.backend import Device
 from dsa_portable.backends.ascend import schemas
 from dsa_portable.backends.ascend.constraints import PRODUCTS, SOC_NAMES, product_of
+from dsa_portable.contract import Request
 from dsa_portable.errors import DeviceUnavailable, InvalidArgument
 from dsa_portable.profile import Profile
-from dsa_portable.request import Request
 
 # Scratch of one call in bytes: the keys that its rows name are copied into it, slab by slab.
 VARIABLE, SCRATCH = "DSA_ASCEND_SCRATCH", 512 << 20

@@ -9,7 +9,7 @@ import torch
 from dsa_portable.backends.ascend import constraints, device, vendor
 from dsa_portable.backends.ascend.rows import contiguous, requests_of, slots_of
 from dsa_portable.backends.ascend.schemas import LIGHTNING_INDEXER, QUANT_LIGHTNING_INDEXER
-from dsa_portable.request import IndexRequest
+from dsa_portable.operators.lightning_index import IndexRequest
 
 
 def lightning_index(request: IndexRequest) -> Any:

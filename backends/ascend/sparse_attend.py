@@ -15,7 +15,7 @@ from dsa_portable.backends.ascend import constraints, device, vendor
 from dsa_portable.backends.ascend.rows import contiguous, requests_of, slots_of
 from dsa_portable.backends.ascend.schemas import KV_QUANT_SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION
 from dsa_portable.formats import layout
-from dsa_portable.request import AttendRequest
+from dsa_portable.operators.sparse_attend import AttendRequest
 
 LATENT, ROTATED, MOST_HEADS = 512, 64, 128
 

@@ -12,7 +12,7 @@ import numpy as np
 from dsa_portable import profile
 from dsa_portable.backend import Backend, Device
 from dsa_portable.backends.cpu.settings import probe
-from dsa_portable.capability import ANY, YES, Capabilities
+from dsa_portable.contract import ANY, YES, Capabilities
 from dsa_portable.formats import LAYOUTS
 
 _FLOATS = ("f32", "bf16", "f16")

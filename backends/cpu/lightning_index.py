@@ -9,7 +9,7 @@ import numpy as np
 
 from dsa_portable.backends.cpu import settings
 from dsa_portable.backends.cpu.rows import index_keys, places, widen
-from dsa_portable.request import IndexRequest
+from dsa_portable.operators.lightning_index import IndexRequest
 
 Array: TypeAlias = np.ndarray[Any, Any]
 

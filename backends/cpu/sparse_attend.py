@@ -8,7 +8,7 @@ import numpy as np
 
 from dsa_portable.backends.cpu import settings
 from dsa_portable.backends.cpu.rows import attention_rows, places, widen
-from dsa_portable.request import AttendRequest
+from dsa_portable.operators.sparse_attend import AttendRequest
 
 Array: TypeAlias = np.ndarray[Any, Any]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from dsa_portable.backend import Backend, Device
 from dsa_portable.backends.cuda import configurations, device
-from dsa_portable.capability import ANY, YES, Capabilities
+from dsa_portable.contract import ANY, YES, Capabilities
 from dsa_portable.formats import LAYOUTS
 
 _WEIGHTS = ("f32", "bf16", "f16")

@@ -26,7 +26,7 @@ from dsa_portable.backends.cuda.launch import Launched, recorded
 from dsa_portable.batch import Batch
 from dsa_portable.errors import InvalidArgument
 from dsa_portable.formats import LAYOUTS
-from dsa_portable.request import attend_request, index_request
+from dsa_portable.operators import AttendRequest, IndexRequest
 
 # Bytes of shared memory that one program may have; Triton compiles programs that need more.
 SHARED_LIMIT = {
@@ -105,10 +105,12 @@ def launches(architecture: str) -> dict[str, Launched]:
         if index:
             scale = empty(where, dtype=torch.float32) if stored in ("float8_e4m3fn", "int8") else None
             weights = empty((len(q), heads), dtype=torch.float32)
-            request = index_request(q, cache, weights, scale, TOPK, batch, packed, False, True, "request", None)
+            operands = {"q": q, "k": cache, "weights": weights, "k_scale": scale}
+            request = IndexRequest.checked(**operands, topk=TOPK, batch=batch, k_layout=packed)
         else:
             indices = empty((len(q), TOPK), dtype=torch.int32)
-            request = attend_request(q, cache, indices, 0.1, 512, None, None, batch, packed, True, "request", None)
+            operands = {"q": q, "kv": cache, "indices": indices}
+            request = AttendRequest.checked(**operands, softmax_scale=0.1, batch=batch, kv_layout=packed, return_lse=True)
         function = getattr(import_module(f"dsa_portable.backends.cuda.{operator}"), operator)
         with recorded(architecture) as launched:
             function(request.as_kind("torch"))

@@ -13,7 +13,7 @@ from dsa_portable.backends.cuda.kernels.top_k import bound_rows, count_parts, pi
 from dsa_portable.backends.cuda.launch import launch, scratch
 from dsa_portable.backends.cuda.plan import execute
 from dsa_portable.backends.cuda.rows import NO_PART, Part, Rows, asking_for, find, parts_of, scratch_bytes
-from dsa_portable.request import IndexRequest
+from dsa_portable.operators.lightning_index import IndexRequest
 
 
 def lightning_index(request: IndexRequest) -> Any:

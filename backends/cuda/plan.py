@@ -19,7 +19,7 @@ from dsa_portable.backends.cuda import configurations
 from dsa_portable.backends.cuda.launch import Submitted, Tape, taped
 from dsa_portable.backends.cuda.rows import VARIABLE, deliver, results_of
 from dsa_portable.batch import Batch
-from dsa_portable.request import Request
+from dsa_portable.contract import Request
 
 Operate = Callable[[Any, torch.Tensor, list[torch.Tensor]], None]
 

@@ -15,9 +15,9 @@ from dsa_portable.backends.cuda.configurations import FIND
 from dsa_portable.backends.cuda.kernels.rows import find_rows
 from dsa_portable.backends.cuda.launch import capturing, launch, scratch
 from dsa_portable.batch import Batch
+from dsa_portable.contract import Request
 from dsa_portable.errors import InvalidArgument, Unsupported
 from dsa_portable.formats import layout
-from dsa_portable.request import Request
 
 # Scratch of one call in bytes. hopper.md 3: below 512 MiB the selection of few rows at a time leaves the chip idle.
 VARIABLE, SCRATCH = "DSA_CUDA_SCRATCH", 512 << 20

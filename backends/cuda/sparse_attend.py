@@ -16,7 +16,7 @@ from dsa_portable.backends.cuda.launch import launch, scratch
 from dsa_portable.backends.cuda.plan import execute
 from dsa_portable.backends.cuda.rows import NO_PART, asking_for, find, parts_of, scratch_bytes
 from dsa_portable.formats import layout
-from dsa_portable.request import AttendRequest
+from dsa_portable.operators.sparse_attend import AttendRequest
 
 
 def sparse_attend(request: AttendRequest) -> Any:

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dsa_portable.capability import FEATURES
 from dsa_portable.conformance.bench import ceilings, curve, machine, markdown, peers, reference
 from dsa_portable.conformance.bench.ceilings import Ceiling
 from dsa_portable.conformance.bench.machine import Machine
@@ -22,6 +21,7 @@ from dsa_portable.conformance.report import environment
 from dsa_portable.conformance.report.schema import Evidence
 from dsa_portable.conformance.report.write import prepare, write_texts
 from dsa_portable.errors import InvalidArgument, Unsupported
+from dsa_portable.operators import FEATURES
 
 OK, FAIL, ERROR, UNSUPPORTED = "OK", "FAIL", "ERROR", "UNSUPPORTED"
 FAILED, INCOMPLETE = 1, 3

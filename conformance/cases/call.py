@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,20 +14,13 @@ import numpy as np
 from dsa_portable.arrays import NUMPY_DTYPES
 from dsa_portable.batch import ARRAYS as BATCH_ARRAYS
 from dsa_portable.batch import Batch
-from dsa_portable.request import Request, attend_request, index_request
+from dsa_portable.contract import Request
+from dsa_portable.operators import REQUESTS
 
 Array: TypeAlias = np.ndarray[Any, Any]
 # One call's results by name, and a case's calls one after another: what `send` passes in is the last call's results, or None.
 Outputs: TypeAlias = Mapping[str, Array]
 Steps: TypeAlias = Generator["Call", Outputs | None, None]
-
-# What a call may leave out, as the operators have it.
-OPTIONAL: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {
-        "lightning_index": {"k_scale": None, "k_layout": None, "return_scores": False, "sorted": True},
-        "sparse_attend": {"attn_sink": None, "topk_length": None, "kv_layout": None, "return_lse": False},
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -74,10 +66,9 @@ class Call:
     @cached_property
     def request(self) -> Request:
         """The checked request that the operator would make of this call, for its features and results; no backend is asked."""
-        arguments: dict[str, Any] = {**OPTIONAL[self.operator], **self.arrays, **self.options}
+        arguments: dict[str, Any] = {**self.arrays, **self.options}
         wants_out = arguments.pop("out", False)
-        build = index_request if self.operator == "lightning_index" else attend_request
-        request: Request = build(**arguments, batch=self.make_batch(), index_space="request", out=None)
+        request = REQUESTS[self.operator].checked(**arguments, batch=self.make_batch())
         if not wants_out:
             return request
         return replace(request, out=tuple(np.empty(shape, NUMPY_DTYPES[dtype]) for dtype, shape in request.results.values()))

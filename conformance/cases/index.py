@@ -15,8 +15,8 @@ from dsa_portable.conformance.cases import values
 from dsa_portable.conformance.cases.call import Call, SingleCall
 from dsa_portable.conformance.cases.contents import CONTENTS, Content, Drawn
 from dsa_portable.conformance.cases.storage import Storage, flat, paged, share
+from dsa_portable.contract import SHORT
 from dsa_portable.formats import pack
-from dsa_portable.signature import SHORT
 
 Array: TypeAlias = np.ndarray[Any, Any]
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import dsa_portable
 from dsa_portable.backend import Backend, Device
-from dsa_portable.capability import ANY, FEATURES, Capabilities
 from dsa_portable.conformance.cases.catalogue import Case
 from dsa_portable.conformance.cases.relation import PipelineCase
 from dsa_portable.conformance.execute.recording import Key, Subject
+from dsa_portable.contract import ANY, Capabilities
 from dsa_portable.errors import BackendExited, DSAError, no_exit
+from dsa_portable.operators import FEATURES
 from dsa_portable.profile import UNIT_ROUNDOFF, Accumulator, Profile
 
 PHASES = ("decode", "prefill")

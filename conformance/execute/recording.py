@@ -18,9 +18,9 @@ from typing import Any, Literal
 import numpy as np
 
 from dsa_portable.backend import Device
-from dsa_portable.capability import ANY, Capabilities
 from dsa_portable.conformance.cases.call import Outputs, sha256_of
 from dsa_portable.conformance.execute import arrays_file
+from dsa_portable.contract import ANY, Capabilities
 from dsa_portable.errors import DSAError
 from dsa_portable.profile import Accumulator, Profile
 

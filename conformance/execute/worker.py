@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from dsa_portable import ops, registry
+from dsa_portable import operators, registry
 from dsa_portable.arrays import NUMPY_DTYPES, device_name
 from dsa_portable.backend import Backend
 from dsa_portable.batch import ARRAYS as BATCH_ARRAYS
@@ -136,7 +136,7 @@ class Worker:
         self._leave_stale_buffers(results)
         self.backend.synchronize()
         before, started = self._witness(), time.perf_counter()
-        returned = getattr(ops, call.operator)(**arguments)
+        returned = getattr(operators, call.operator)(**arguments)
         self.backend.synchronize()
         seen.seconds += time.perf_counter() - started
         returned = returned if isinstance(returned, tuple) else (returned,)

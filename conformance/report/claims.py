@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from dsa_portable.capability import FEATURES, Capabilities, Feature
 from dsa_portable.conformance import lists
 from dsa_portable.conformance.cases.call import Call
 from dsa_portable.conformance.cases.catalogue import Case
@@ -20,6 +19,8 @@ from dsa_portable.conformance.report.schema import (
     exit_code_of,
     tally,
 )
+from dsa_portable.contract import Capabilities, Feature
+from dsa_portable.operators import FEATURES
 from dsa_portable.profile import ENVELOPES
 
 

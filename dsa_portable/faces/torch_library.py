@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from dsa_portable import ops
+from dsa_portable import operators
 from dsa_portable.batch import Batch
+from dsa_portable.contract import Request
 from dsa_portable.errors import Unsupported
-from dsa_portable.request import Request, attend_request, index_request
 
 # A Batch crosses as what Batch.flatten() gives; both lists are empty where there is none.
 _BATCH = "Tensor?[] arrays, SymInt[] integers"
@@ -41,7 +41,9 @@ def _real(operator: Callable[..., Any]) -> Callable[..., list[torch.Tensor]]:
     return kernel
 
 
-def _fake(checked: Callable[..., Request]) -> Callable[..., list[torch.Tensor]]:
+def _fake(checked: type[Request]) -> Callable[..., list[torch.Tensor]]:
+    names = [argument.name for argument in checked.signature().arguments if not argument.optional]
+
     def kernel(
         q: torch.Tensor,
         *operands: torch.Tensor,
@@ -51,7 +53,8 @@ def _fake(checked: Callable[..., Request]) -> Callable[..., list[torch.Tensor]]:
         **options: Any,
     ) -> list[torch.Tensor]:
         batch = Batch.unflatten(arrays, integers) if integers else _unread(q)
-        results = checked(q, *operands, batch=batch, out=None, **options).results
+        given: dict[str, Any] = dict(zip(names, (q, *operands), strict=True))
+        results = checked.checked(**given, batch=batch, **options).results
         return [torch.empty(shape, dtype=getattr(torch, dtype), device=q.device) for dtype, shape in results.values()]
 
     return kernel
@@ -64,8 +67,8 @@ def _unread(q: torch.Tensor) -> Batch:
 
 
 _library = torch.library.Library("dsa_portable", "FRAGMENT")
-for _operator, _checked in ((ops.lightning_index, index_request), (ops.sparse_attend, attend_request)):
-    _name = _operator.__name__
+for _name, _checked in operators.REQUESTS.items():
+    _operator = getattr(operators, _name)
     _library.define(_name + _SCHEMAS[_name])
     _library.impl(_name, _real(_operator), "CompositeExplicitAutograd")
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # no gradient flows

@@ -18,12 +18,8 @@ import torch_npu  # noqa: E402, F401
 from dsa_portable.arrays import from_numpy  # noqa: E402
 from dsa_portable.backends.ascend import device, vendor  # noqa: E402
 from dsa_portable.conformance.cases.catalogue import CASES  # noqa: E402
-from dsa_portable.request import attend_request, index_request  # noqa: E402
+from dsa_portable.operators import REQUESTS  # noqa: E402
 
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "lightning_index": {"k_scale": None, "k_layout": None, "return_scores": False, "sorted": True},
-    "sparse_attend": {"attn_sink": None, "topk_length": None, "kv_layout": None, "return_lse": False},
-}
 called: list[str] = []
 honest = vendor.call
 
@@ -38,10 +34,9 @@ def bound(name: str) -> Any:
     call = next(CASES[name].steps())
     on_meta = call.on(lambda array: from_numpy(array.copy()).to("meta"))
     batch = call.make_batch(lambda array: from_numpy(array.copy()).to("meta"))
-    arguments = {**on_meta.arrays, **call.options, "batch": batch, "index_space": "request"}
+    arguments = {**on_meta.arrays, **call.options, "batch": batch}
     arguments.pop("out", None)
-    build = index_request if call.operator == "lightning_index" else attend_request
-    request = build(**{**DEFAULTS[call.operator], **arguments}, out=None)
+    request = REQUESTS[call.operator].checked(**arguments)
     called.clear()
     found = getattr(importlib.import_module(f"dsa_portable.backends.ascend.{call.operator}"), call.operator)(request)
     found = found if isinstance(found, tuple) else (found,)

@@ -18,13 +18,9 @@ from dsa_portable.conformance.cases.catalogue import CASES
 from dsa_portable.conformance.hosts.ascend import pretend, reference
 from dsa_portable.conformance.judging.judge import judge_call
 from dsa_portable.conformance.selftest.plant import plant
-from dsa_portable.request import attend_request, index_request
+from dsa_portable.operators import REQUESTS
 
 SOC = {"A2": "Ascend910B3", "A3": "Ascend910_9382", "950": "Ascend950PR_9589"}
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "lightning_index": {"k_scale": None, "k_layout": None, "return_scores": False, "sorted": True},
-    "sparse_attend": {"attn_sink": None, "topk_length": None, "kv_layout": None, "return_lse": False},
-}
 
 
 def edited(folder: Path, name: str, edit: list[str] | None) -> str:
@@ -37,12 +33,11 @@ def edited(folder: Path, name: str, edit: list[str] | None) -> str:
 
 def outputs(package: str, call: Call) -> dict[str, Any]:
     """The results of a call on the pretend device, by name."""
-    arguments = {**call.on(device.put).arrays, **call.options, "batch": call.make_batch(device.put), "index_space": "request"}
+    arguments = {**call.on(device.put).arrays, **call.options, "batch": call.make_batch(device.put)}
     results = call.request.results
     wants_out = arguments.pop("out", False)
     out = tuple(device.put(np.zeros(shape, np.int8)).to(dtype_of(dtype)) for dtype, shape in results.values())
-    build = index_request if call.operator == "lightning_index" else attend_request
-    request = build(**{**DEFAULTS[call.operator], **arguments}, out=out if wants_out else None)
+    request = REQUESTS[call.operator].checked(**arguments, out=out if wants_out else None)
     function = getattr(importlib.import_module(f"{package}.{call.operator}"), call.operator)
     pretend.HOST_READS.clear()
     found = function(request)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dsa_portable import ops, registry
+from dsa_portable import operators, registry
 from dsa_portable.conformance.cases.catalogue import CASES
 from dsa_portable.conformance.hosts.ascend import aclnn, runtime
 from dsa_portable.conformance.judging.judge import judge_call
@@ -29,7 +29,7 @@ backend, device = registry.load("ascend"), registry.device("ascend")
 case = CASES[name]
 call = next(case.steps())
 on_device, batch = call.on(backend.put), call.make_batch(backend.put)
-returned = getattr(ops, call.operator)(**on_device.arrays, **call.options, batch=batch, backend="ascend")
+returned = getattr(operators, call.operator)(**on_device.arrays, **call.options, batch=batch, backend="ascend")
 returned = returned if isinstance(returned, tuple) else (returned,)
 outputs = {result: backend.get(array) for result, array in zip(call.request.results, returned, strict=True)}
 profile = backend.profile(device, call.operator, case.format, case.phase)

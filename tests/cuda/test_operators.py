@@ -599,7 +599,7 @@ from dsa_portable.conformance.hosts import triton
 triton.prepare()
 import torch
 from dsa_portable import Batch
-from dsa_portable.request import attend_request
+from dsa_portable.operators import AttendRequest
 
 sys.path.insert(0, sys.argv[1])
 where = "cpu" if triton.requested() else "cuda"
@@ -613,7 +613,7 @@ keys = torch.randn((6, 576), device=where).to(torch.bfloat16)
 kv[rows] = keys
 q = torch.randn((1, 16, 576), device=where).to(torch.bfloat16)
 batch = Batch.dense(1, len(kv))
-request = attend_request(q, kv, rows[None].int(), 0.05, 512, None, None, batch, None, False, "request", None)
+request = AttendRequest.checked(q=q, kv=kv, indices=rows[None].int(), softmax_scale=0.05, batch=batch)
 out = import_module(sys.argv[2] + ".sparse_attend").sparse_attend(request)
 p = torch.softmax(0.05 * q[0].double() @ keys.double().T, dim=1)
 truth = p @ keys[:, :512].double()

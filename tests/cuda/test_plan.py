@@ -10,7 +10,7 @@ import torch
 from dsa_portable import Batch
 from dsa_portable.backends.cuda import plan
 from dsa_portable.backends.cuda.launch import Submitted, Tape
-from dsa_portable.request import attend_request
+from dsa_portable.operators import AttendRequest
 
 PROGRAM = object()
 
@@ -58,17 +58,12 @@ def request(**changes: Any) -> Any:
     batch = Batch.unflatten([None if a is None else torch.from_numpy(a).as_subclass(Device) for a in tensors], integers)
     wrapped = {name: value.as_subclass(Device) for name, value in arrays.items()}
     sink = changes.get("attn_sink")
-    return attend_request(
-        *wrapped.values(),
-        changes.get("softmax_scale", 0.1),
-        512,
-        sink if sink is None else sink.as_subclass(Device),
-        None,
-        batch,
-        None,
-        changes.get("return_lse", True),
-        "request",
-        None,
+    return AttendRequest.checked(
+        **wrapped,
+        softmax_scale=changes.get("softmax_scale", 0.1),
+        attn_sink=sink if sink is None else sink.as_subclass(Device),
+        batch=batch,
+        return_lse=changes.get("return_lse", True),
     )
 
 

@@ -14,7 +14,7 @@ import pytest
 from dsa_portable import Batch, InvalidArgument, Unsupported, arrays, lightning_index, merge, sparse_attend
 from dsa_portable.batch import ARRAYS, batch_as_kind
 from dsa_portable.formats import pack, quantise_e4m3fn
-from dsa_portable.request import attend_request, index_request
+from dsa_portable.operators import REQUESTS
 
 torch = pytest.importorskip("torch")
 dispatch = pytest.importorskip("torch.utils._python_dispatch")
@@ -223,9 +223,8 @@ def test_a_batch_that_changes_kind_is_not_checked_again(name: str, monkeypatch: 
 @pytest.mark.parametrize("name", ["index cache", "attend cache", "attend ranges"])
 def test_a_request_of_the_other_kind_shares_its_memory(name: str) -> None:
     operator, arguments = CALLS[name]
-    check = {lightning_index: index_request, sparse_attend: attend_request}[operator]
     defaults = {p.name: p.default for p in signature(operator).parameters.values() if p.name not in ("backend", *arguments)}
-    request = check(**in_torch(arguments), **defaults)
+    request = REQUESTS[operator.__name__].checked(**in_torch(arguments), **defaults)
     other = request.as_kind("numpy")
     assert other is not request
     assert request.as_kind("torch") is request

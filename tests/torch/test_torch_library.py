@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import dsa_portable
-from dsa_portable import Batch, InvalidArgument, UnknownBackend, Unsupported, arrays, ops
+from dsa_portable import Batch, InvalidArgument, UnknownBackend, Unsupported, arrays, dispatch
 from dsa_portable.formats import layout, pack
 
 torch = pytest.importorskip("torch")
@@ -178,7 +178,7 @@ def test_one_signature(operator: str) -> None:
 
 def test_strides_are_the_fake_s(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backend may return any; a graph was compiled for these."""
-    monkeypatch.setattr(ops, "_dispatch", lambda request, backend: torch.zeros((6, ROWS), dtype=torch.int32).T)
+    monkeypatch.setattr(dispatch, "call", lambda request, backend: torch.zeros((6, ROWS), dtype=torch.int32).T)
     assert dsa.lightning_index(**index_call()).stride() == (6, 1)
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from dsa_portable import ops, registry
+from dsa_portable import operators, registry
 from dsa_portable.conformance.cases.call import Call, Outputs, drive
 from dsa_portable.conformance.cases.catalogue import CASES
 from dsa_portable.conformance.hosts.ascend import BACKEND, aclnn, cache_folder, runtime
@@ -31,7 +31,7 @@ def recorded(case_id: str, host: runtime.Runtime) -> list[dict[str, Any]]:
         arguments = {**on_device.arrays, **call.options, "batch": batch}
         arguments.pop("out", None)
         host.clear()
-        returned = getattr(ops, call.operator)(**arguments, backend=BACKEND)
+        returned = getattr(operators, call.operator)(**arguments, backend=BACKEND)
         backend.synchronize()
         found.extend(map(_as_json, host.calls))
         returned = returned if isinstance(returned, tuple) else (returned,)
