@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsa_portable.conformance.cases.attend import AttendCase
 from dsa_portable.conformance.cases.catalogue import CASES
+from dsa_portable.conformance.cases.sparse_attend import AttendCase
 from dsa_portable.conformance.judging import bounds, oracle
 from dsa_portable.conformance.judging.emulator import dot
 from dsa_portable.conformance.judging.judge import judge_call

@@ -20,12 +20,12 @@ from dsa_portable.arrays import NUMPY_DTYPES
 from dsa_portable.conformance import lists
 from dsa_portable.conformance import run as run_list
 from dsa_portable.conformance.cases import storage, values
-from dsa_portable.conformance.cases.attend import INVALID, AttendCase
 from dsa_portable.conformance.cases.call import Call
 from dsa_portable.conformance.cases.catalogue import CASES, HAZARDS, LISTS, Case
 from dsa_portable.conformance.cases.contents import CANCEL_BITS, WEIGHT_SCALE
 from dsa_portable.conformance.cases.hazards import PORTABILITY
-from dsa_portable.conformance.cases.index import IndexCase
+from dsa_portable.conformance.cases.lightning_index import IndexCase
+from dsa_portable.conformance.cases.sparse_attend import INVALID, AttendCase
 from dsa_portable.conformance.judging import oracle
 from dsa_portable.conformance.report import claims
 from dsa_portable.formats import unpack

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsa_portable.conformance.cases.attend import AttendCase
-from dsa_portable.conformance.cases.index import IndexCase
+from dsa_portable.conformance.cases.lightning_index import IndexCase
+from dsa_portable.conformance.cases.sparse_attend import AttendCase
 from dsa_portable.conformance.judging import bounds, emulator, oracle
 from dsa_portable.profile import Accumulator, Profile
 

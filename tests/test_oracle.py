@@ -14,11 +14,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dsa_portable.conformance.cases.attend import AttendCase
 from dsa_portable.conformance.cases.call import Call
 from dsa_portable.conformance.cases.core import INDEX_FORMATS
-from dsa_portable.conformance.cases.index import IndexCase
+from dsa_portable.conformance.cases.lightning_index import IndexCase
+from dsa_portable.conformance.cases.sparse_attend import AttendCase
 from dsa_portable.conformance.judging import oracle, oracle_dense
+from dsa_portable.conformance.selftest.plant import Fault, executed
 from dsa_portable.formats import LAYOUTS
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -261,64 +262,28 @@ SMALL_INDEX = replace(INDEX, format="e4m3/f32/f32", heads=4, head_dim=8, content
 SMALL_ATTEND = replace(ATTEND, heads=2, dims=(12, 8), topk=16, sink=True, **PAGED)
 
 
-def wrong_heads(q: Array, k: Array, *weights: Array) -> list[Array]:
-    """The last head forgotten."""
-    return RIGHT_HEADS(q[:, :-1], k, *(of_heads[:, :-1] for of_heads in weights))
-
-
-def wrong_places(call: Call, request: int, positions: Array) -> Array:
-    """The page after the right one."""
-    return RIGHT_PLACES(call, request, np.maximum(positions - 4, 0))
-
-
-def wrong_rows(call: Call) -> Iterator[tuple[int, int, int, int]]:
-    """Top-left alignment, clamped."""
-    begins = call.batch["cu_seqlens_q"]
-    for row, request, start, _ in RIGHT_ROWS(call):
-        yield row, request, start, min(row - int(begins[request]) + 1, int(call.batch["seqlens_k"][request]))
-
-
-def wrong_sight(call: Call, row: int, r: int, position: Array) -> Array:
-    """One key too few."""
-    seen = RIGHT_SIGHT(call, row, r, position)
-    return np.asarray(seen & (position != position[seen].max(initial=-1)))
-
-
-def wrong_owner(call: Call, count: int) -> Array:
-    """A shared page belongs to the first request alone."""
-    position = RIGHT_OWNER(call, count)
-    position[1:, position[0] >= 0] = -1
-    return position
-
-
-def wrong_attention(
-    q: Array, kv: Array, softmax_scale: float, value_dim: int, sink: Array | None
-) -> tuple[Array, Array, Array]:
-    """A scale 1e-9 too large."""
-    return RIGHT_ATTENTION(q, kv, softmax_scale * (1 + 1e-9), value_dim, sink)
-
-
-RIGHT_HEADS, RIGHT_PLACES, RIGHT_ROWS, RIGHT_ATTENTION = oracle.head_sums, oracle.slots, oracle.rows, oracle.attention
-RIGHT_SIGHT, RIGHT_OWNER = oracle_dense._sees, oracle_dense._owner_of_slots
+SEEN, PAGE = "distance_to_end = call.batch", "table[positions // size] * size"
+# fmt: off
 PLANTED = [
-    (oracle, "head_sums", wrong_heads, "index"),
-    (oracle, "slots", wrong_places, "index attend"),
-    (oracle, "rows", wrong_rows, "index"),
-    (oracle, "attention", wrong_attention, "attend"),
-    (oracle_dense, "_sees", wrong_sight, "index"),
-    (oracle_dense, "_owner_of_slots", wrong_owner, "index attend"),
+    (oracle, "index", Fault("", "the last head forgotten", 'for name in ("q", "weights"))', 'for name in ("q", "weights"))\n        q, weights = q[:, :-1], weights[:, :-1]')),
+    (oracle, "index attend", Fault("", "the page before the right one", PAGE, "table[np.maximum(positions - size, 0) // size] * size")),
+    (oracle, "index", Fault("", "top-left alignment", "length - (last - first) + (row - first) + 1)", "min(row - first + 1, length))")),
+    (oracle, "attend", Fault("", "a scale 1e-9 too large", "logits = softmax_scale *", "logits = (1 + 1e-9) * softmax_scale *")),
+    (oracle_dense, "index", Fault("", "one key too few", SEEN, "distance_to_end = 1 + call.batch")),
+    (oracle_dense, "index attend", Fault("", "a shared page belongs to one request", "    return position\n", "    position[1:, position[0] >= 0] = -1\n    return position\n")),
 ]
+# fmt: on
 
 
-@pytest.mark.parametrize(("module", "name", "wrong", "operators"), PLANTED, ids=[p[2].__name__ for p in PLANTED])
-def test_a_planted_difference_is_seen(
-    module: Any, name: str, wrong: Any, operators: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("module", "operators", "fault"), PLANTED, ids=[fault.title for _, _, fault in PLANTED])
+def test_a_planted_difference_is_seen(module: Any, operators: str, fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = {"index": (check_index, SMALL_INDEX.build(), True), "attend": (check_attention, SMALL_ATTEND.build(), False)}
     for operator in operators.split():
         check, call, exact = calls[operator]
         check(call, exact=exact)
-    monkeypatch.setattr(module, name, wrong)
+    for name, value in executed(Path(module.__file__), fault, {}).items():
+        if callable(value) and getattr(value, "__module__", "") == "planted":
+            monkeypatch.setattr(module, name, value)
     for operator in operators.split():
         check, call, exact = calls[operator]
         with pytest.raises(AssertionError):

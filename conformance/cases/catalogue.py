@@ -7,10 +7,10 @@ from types import MappingProxyType
 from typing import TypeAlias
 
 from dsa_portable.conformance.cases import core, deterministic, full
-from dsa_portable.conformance.cases.attend import AttendCase
 from dsa_portable.conformance.cases.hazards import HAZARDS
-from dsa_portable.conformance.cases.index import IndexCase
+from dsa_portable.conformance.cases.lightning_index import IndexCase
 from dsa_portable.conformance.cases.relation import PipelineCase, RelationCase
+from dsa_portable.conformance.cases.sparse_attend import AttendCase
 
 Case: TypeAlias = IndexCase | AttendCase | RelationCase | PipelineCase
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TypeAlias
 
-from dsa_portable.conformance.cases.attend import AttendCase
-from dsa_portable.conformance.cases.index import IndexCase
+from dsa_portable.conformance.cases.lightning_index import IndexCase
 from dsa_portable.conformance.cases.relation import PipelineCase
+from dsa_portable.conformance.cases.sparse_attend import AttendCase
 from dsa_portable.formats import LAYOUTS
 
 Case: TypeAlias = IndexCase | AttendCase | PipelineCase

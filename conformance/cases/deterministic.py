@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from dsa_portable.conformance.cases.attend import AttendCase
 from dsa_portable.conformance.cases.core import ATTEND_FORMATS, HEADLINE, INDEX_FORMATS, LSE, named
-from dsa_portable.conformance.cases.index import IndexCase
+from dsa_portable.conformance.cases.lightning_index import IndexCase
 from dsa_portable.conformance.cases.relation import RelationCase
+from dsa_portable.conformance.cases.sparse_attend import AttendCase
 from dsa_portable.formats import LAYOUTS
 
 # fmt: off

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TypeAlias
 
-from dsa_portable.conformance.cases.attend import AttendCase
 from dsa_portable.conformance.cases.core import (
     ATTEND_FORMATS,
     ATTEND_OPTIONS,
@@ -19,8 +18,9 @@ from dsa_portable.conformance.cases.core import (
     named,
     pipeline,
 )
-from dsa_portable.conformance.cases.index import IndexCase
+from dsa_portable.conformance.cases.lightning_index import IndexCase
 from dsa_portable.conformance.cases.relation import PipelineCase, RelationCase
+from dsa_portable.conformance.cases.sparse_attend import AttendCase
 
 Case: TypeAlias = IndexCase | AttendCase | RelationCase | PipelineCase
 

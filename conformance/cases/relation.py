@@ -13,9 +13,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from dsa_portable.conformance.cases.attend import AttendCase
 from dsa_portable.conformance.cases.call import Call, Outputs, Steps
-from dsa_portable.conformance.cases.index import IndexCase
+from dsa_portable.conformance.cases.lightning_index import IndexCase
+from dsa_portable.conformance.cases.sparse_attend import AttendCase
 from dsa_portable.conformance.cases.storage import Storage, flat, paged
 
 Array: TypeAlias = np.ndarray[Any, Any]

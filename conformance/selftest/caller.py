@@ -12,8 +12,8 @@ import ml_dtypes
 import numpy as np
 
 from dsa_portable.caller import ROTATIONS, IndexOperands, fold_weights, hadamard, rope
-from dsa_portable.conformance.cases.attend import V32_SCALE
 from dsa_portable.conformance.cases.call import Call
+from dsa_portable.conformance.cases.sparse_attend import V32_SCALE
 from dsa_portable.conformance.selftest import kernel
 from dsa_portable.conformance.selftest.model import INDEX_DIM, KEYS, ROWS, TOPK, VALUE_DIM, Layer, positions
 from dsa_portable.formats import quantise_e4m3fn

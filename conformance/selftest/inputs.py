@@ -13,9 +13,9 @@ from typing import Any, TypeAlias
 import ml_dtypes
 import numpy as np
 
-from dsa_portable.conformance.cases.attend import AttendCase
 from dsa_portable.conformance.cases.call import Call, Steps
 from dsa_portable.conformance.cases.catalogue import CASES, Case
+from dsa_portable.conformance.cases.sparse_attend import AttendCase
 from dsa_portable.formats import pack, unpack
 from dsa_portable.profile import Profile
 

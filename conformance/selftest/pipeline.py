@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from dsa_portable.caller import rope
-from dsa_portable.conformance.cases.attend import V32_SCALE
+from dsa_portable.conformance.cases.sparse_attend import V32_SCALE
 from dsa_portable.conformance.judging import bounds, oracle
 from dsa_portable.conformance.selftest.caller import ATTENTION, INDEXER
 from dsa_portable.conformance.selftest.model import ROWS, TOPK, VALUE_DIM, Layer, layers, positions

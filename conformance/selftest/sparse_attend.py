@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import ml_dtypes
 import numpy as np
 
-from dsa_portable.conformance.cases.attend import V32_SCALE
+from dsa_portable.conformance.cases.sparse_attend import V32_SCALE
 from dsa_portable.conformance.judging.emulator import dot, rounded
 from dsa_portable.conformance.selftest.plant import Edit, Fault
 from dsa_portable.formats import Unpacked, unpack

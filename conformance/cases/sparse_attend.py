@@ -13,7 +13,7 @@ import numpy as np
 from dsa_portable.batch import DECODE_ROWS
 from dsa_portable.conformance.cases import values
 from dsa_portable.conformance.cases.call import Call, SingleCall
-from dsa_portable.conformance.cases.index import LONG
+from dsa_portable.conformance.cases.lightning_index import LONG
 from dsa_portable.conformance.cases.storage import Storage, flat, paged, share
 from dsa_portable.formats import LAYOUTS, pack
 
