@@ -60,7 +60,15 @@ kernels_completed = lambda: 0
 @pytest.mark.parametrize(
     ("count", "words"),
     [
-        (2, ("acme 0.1.0: available", "2 x Acme One (7.0); torch_acme 1.2", "heads=64", "not offered: key_range, non_causal, out, k_layout")),
+        (
+            2,
+            (
+                "acme 0.1.0: available",
+                "2 x Acme One (7.0); torch_acme 1.2",
+                "heads=64",
+                "not offered: key_range, non_causal, out, k_layout",
+            ),
+        ),
         (0, ("acme 0.1.0: unavailable", "no Acme device was found; load the driver and look with acme-smi.")),
         (None, ("acme 0.1.0: unavailable", "No module named 'torch_acme'", "run: pip install dsa-portable-acme")),
     ],
