@@ -40,7 +40,7 @@ def kills_of(tag: str, kills: Kills) -> tuple[list[str], list[str]]:
 
 
 def proof(kills: Kills) -> list[str]:
-    """What the selftest shows of the tags: which faults their cases kill, tags that kill none, inputs that none needs."""
+    """What the selftest shows of the tags: which faults their inputs kill, tags that none carries, inputs that none needs."""
     rows = {tag: kills_of(tag, kills) for tag in HAZARDS}
     promises = ", ".join(f"`{tag}`" for tag, (killed, _) in rows.items() if not killed)
     spare = ", ".join(f"`{name}`" for name in INPUTS if not any(by.keys() == {name} for by in kills.values()))
@@ -55,7 +55,7 @@ def proof(kills: Kills) -> list[str]:
         "| --- | --- | --- |",
         *(f"| `{tag}` | {len(killed)} | {', '.join(only) or '-'} |" for tag, (killed, only) in rows.items() if killed),
         "",
-        f"Promises, tags whose cases kill no planted fault: {promises or 'none'}.",
+        f"Promises, tags that no killing input carries: {promises or 'none'}.",
         "",
         f"Inputs that kill nothing which the others miss: {spare or 'none'}.",
     ]
