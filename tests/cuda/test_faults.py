@@ -90,6 +90,7 @@ FAULTS = (
         "index-e4m3-f32-f32-decode-scores",
         "certificate",
         (SMALL,),
+        slow=True,
     ),
     Fault(
         "one key's scale for a tile",
