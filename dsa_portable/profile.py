@@ -7,23 +7,36 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Unit roundoff of the formats a profile may name (round to nearest).
-UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-# Smallest normal number of each, lost by a chip that flushes subnormals.
-SMALLEST_NORMAL = {"float64": 2.0**-1022, "float32": 2.0**-126, "float16": 2.0**-14, "bfloat16": 2.0**-126}
+# Unit roundoff of the formats a profile may name (round to nearest); tfloat32 is what matrix units read of a float32.
+UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "tfloat32": 2.0**-11, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+# Smallest normal number of each, and of the operands of products: lost by a chip that flushes subnormals.
+SMALLEST_NORMAL = {
+    "float64": 2.0**-1022,
+    "float32": 2.0**-126,
+    "tfloat32": 2.0**-126,
+    "float16": 2.0**-14,
+    "bfloat16": 2.0**-126,
+    "float8_e4m3fn": 2.0**-6,
+    "int8": 1.0,
+}
 
 
 @dataclass(frozen=True)
 class Accumulator:
-    """How a dot product is summed: `bits` of significand, rounding `RN` or `RZ`, products aligned and added `group` at a time.
+    """How a dot product is summed. `bits=24, rounding="RN"` is float32.
 
-    `bits=24, rounding="RN"` is float32. Hopper's FP8 tensor cores keep about 14 bits and truncate groups of 32 aligned to the
-    largest exponent (DeepSeek-V3 report, 3.3.2).
+    `group` products and the running sum are aligned to the largest exponent, cut to `bits` + `guard` bits and added exactly;
+    the sum is cut to `bits`. A group of 1 aligns nothing: each sum is cut. `rounding` is that of every cut, `RN` or `RZ`.
+    Hopper's FP8 tensor cores are Accumulator(14, "RZ", 32), and (14, "RZ", 32, promotion=128) where a kernel adds every 128
+    products to a float32 (measured on an H100; DeepSeek-V3 report, 3.3.2).
     """
 
     bits: int = 24
     rounding: str = "RN"
     group: int = 1
+    guard: int = 0  # bits kept below the last place while a group is aligned: 2 in Hopper's bf16 and fp16 units
+    promotion: int = 0  # after so many products the sum is added to a float32 and starts anew; 0: never
+    product: str = "float32"  # what each product is rounded to before it is added
 
     @property
     def unit_roundoff(self) -> float:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dsa_portable.conformance.cases.catalogue import CASES
 from dsa_portable.conformance.cases.sparse_attend import AttendCase
 from dsa_portable.conformance.judging import bounds, oracle
-from dsa_portable.conformance.judging.emulator import dot
+from dsa_portable.conformance.judging.accumulator import dot
 from dsa_portable.conformance.judging.judge import judge_call
 from dsa_portable.conformance.judging.rules import Verdict
 from dsa_portable.conformance.selftest.plant import Fault, kernel

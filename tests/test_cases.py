@@ -679,12 +679,12 @@ def test_a_new_list_leaves_the_old_one_as_it_was(tmp_path: Path, monkeypatch: py
         lists.freeze("smoke-2026.11")
     stored = lists.freeze("smoke-2026.12")
     (frozen / "smoke-2026.12.json").write_text(json.dumps(stored), encoding="utf-8")
-    monkeypatch.setattr(lists, "JUDGING_VERSION", "2")
+    monkeypatch.setattr(lists, "JUDGING_VERSION", "3")
     newer, older = lists.load("smoke"), lists.load("smoke-2026.11")
-    assert (newer.name, tuple(newer.cases), newer.judging) == ("smoke-2026.12", LISTS["smoke"][:2], "1")
+    assert (newer.name, tuple(newer.cases), newer.judging) == ("smoke-2026.12", LISTS["smoke"][:2], "2")
     assert (older.sha256, older.judging, len(older.cases)) == (RELEASED["smoke-2026.11"], "1", 44)
     assert lists.freeze("smoke-2027.01")["sha256"] != lists.freeze("smoke-2027.02")["sha256"]
-    stored["judging"] = "2"
+    stored["judging"] = "3"
     (frozen / "smoke-2026.12.json").write_text(json.dumps(stored), encoding="utf-8")
     with pytest.raises(lists.ListError, match=r"^frozen/smoke-2026.12.json is not the list that was released"):
         lists.load("smoke")

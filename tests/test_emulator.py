@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import astuple, replace
 from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
@@ -14,10 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsa_portable.arrays import NUMPY_DTYPES
 from dsa_portable.conformance.cases.lightning_index import IndexCase
 from dsa_portable.conformance.cases.sparse_attend import AttendCase
+from dsa_portable.conformance.judging import accumulator as accumulator_module
 from dsa_portable.conformance.judging import bounds, emulator, oracle
-from dsa_portable.profile import Accumulator, Profile
+from dsa_portable.conformance.judging.accumulator import BLOCK, aligned, dot, rounded
+from dsa_portable.profile import SMALLEST_NORMAL, Accumulator, Profile
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -30,33 +34,64 @@ def exponent(x: Fraction) -> int:
     return e + 1 if abs(x) >= Fraction(2) ** e else e
 
 
-def slow_dot(a: list[Fraction], b: list[Fraction], bits: int, rounding: str, group: int) -> Fraction:
-    """A group's products and the running sum are cut to a multiple of the largest one's last kept place, then added exactly."""
-    total = Fraction(0)
-    for first in range(0, len(a), group):
-        terms = [total, *(x * y for x, y in zip(a[first : first + group], b[first : first + group], strict=True))]
-        largest = max(terms, key=abs)
-        if largest == 0:
-            continue
-        unit = Fraction(2) ** (exponent(largest) - bits)
-        # int() goes toward zero, round() to the nearest even.
-        total = sum((int(x / unit) if rounding == "RZ" else round(x / unit)) * unit for x in terms) + Fraction(0)
+def power_of(x: Fraction, smallest: Fraction) -> Fraction:
+    """2^exponent of an operand, whose format has no exponent below that of `smallest`; 0 of 0."""
+    return max(Fraction(2) ** (exponent(x) - 1), smallest) if x else Fraction(0)
+
+
+def slow_dot(a: list[Fraction], b: list[Fraction], accumulator: Accumulator, smallest: Fraction = Fraction(0)) -> Fraction:
+    """The words of Accumulator's docstring, without promotion."""
+    cut = int if accumulator.rounding == "RZ" else round  # int() goes toward zero, round() to the nearest even.
+
+    def narrow(x: Fraction) -> Fraction:
+        unit = Fraction(2) ** (exponent(x) - accumulator.bits) if x else Fraction(1)
+        return cut(x / unit) * unit
+
+    def single(x: Fraction) -> Fraction:
+        unit = Fraction(2) ** (exponent(x) - 24) if x else Fraction(1)
+        return round(x / unit) * unit
+
+    total, size = Fraction(0), accumulator.group
+    for first in range(0, len(a), size):
+        group = list(zip(a[first : first + size], b[first : first + size], strict=True))
+        terms = [total, *(x * y for x, y in group)]
+        largest = max(power_of(total, Fraction(0)), *(power_of(x, smallest) * power_of(y, smallest) for x, y in group))
+        if largest and size > 1:
+            unit = largest / Fraction(2) ** (accumulator.bits - 1 + accumulator.guard)
+            terms = [cut(x / unit) * unit for x in terms]
+        total = narrow(sum(terms, Fraction(0)) if size > 1 else single(terms[0] + single(terms[1])))
     return total
 
 
 def test_the_slow_model_by_hand() -> None:
     assert [exponent(Fraction(x)) for x in ("1", "1/2", "3/4", "-5", "8")] == [1, 0, 0, 3, 4]
-    one = Fraction(1)
+    one, three, nine = Fraction(1), Fraction(3), Fraction(9)
     # Three bits under 9 = 1001b: the unit is 2, so 9 becomes 8 (or 8, the even of 8 and 10), and 3 becomes 2 or 4.
-    assert slow_dot([Fraction(9), Fraction(3)], [one, one], 3, "RZ", 2) == 10
-    assert slow_dot([Fraction(9), Fraction(3)], [one, one], 3, "RN", 2) == 12
-    # One at a time nothing of 3 is lost before the sum 9 is there; the 9 is cut when it is added.
-    assert slow_dot([Fraction(3), Fraction(9)], [one, one], 3, "RZ", 1) == 10
-    assert slow_dot([Fraction(-9), Fraction(3)], [one, one], 3, "RZ", 2) == -6
+    assert slow_dot([nine, three], [one, one], Accumulator(3, "RZ", 2)) == 10
+    assert slow_dot([nine, three], [one, one], Accumulator(3, "RN", 2)) == 12
+    assert slow_dot([-nine, three], [one, one], Accumulator(3, "RZ", 2)) == -6
+    # 3 * 3 has the exponent 1 + 1: the unit is 1, 9 and 3 are kept, and only their sum 12 = 1100b is cut, to itself.
+    assert slow_dot([three, three], [three, one], Accumulator(3, "RZ", 2)) == 12
+    # A guard bit keeps 1 beside 8, 9 = 1001b is then cut to 8.
+    assert slow_dot([nine, three], [one, one], Accumulator(3, "RZ", 2, guard=1)) == 12
+    # One at a time 3 and 9 are added exactly: 12 = 1100b.
+    assert slow_dot([three, nine], [one, one], Accumulator(3, "RZ", 1)) == 12
+    assert slow_dot([three, Fraction(10)], [one, one], Accumulator(3, "RZ", 1)) == 12
+    # Where no exponent is below that of 4, a 1 counts as large as a 4.
+    assert slow_dot([one], [one], Accumulator(2, "RZ", 2), smallest=Fraction(4)) == 0
 
 
-ACCUMULATORS = [Accumulator(13, "RZ", 32), Accumulator(14, "RZ", 32), Accumulator(13, "RN", 8), Accumulator(14, "RN", 1)]
-IDS = [f"{x.bits}-{x.rounding}-{x.group}" for x in ACCUMULATORS]
+ACCUMULATORS = [
+    Accumulator(13, "RZ", 32),
+    Accumulator(14, "RZ", 32),
+    Accumulator(13, "RN", 8),
+    Accumulator(14, "RN", 1),
+    Accumulator(14, "RZ", 16, guard=2),
+]
+
+
+def named(accumulator: Accumulator) -> str:
+    return "-".join(str(x) for x in astuple(accumulator))
 
 
 def operands(raw: bytes, exponents: int | None) -> tuple[list[float], list[float]]:
@@ -75,45 +110,83 @@ def operands(raw: bytes, exponents: int | None) -> tuple[list[float], list[float
 VECTORS = st.builds(operands, st.binary(min_size=4, max_size=280), st.sampled_from([None, 1, 4, 40]))
 
 
-def fast_dot(a: list[float], b: list[float], accumulator: Accumulator) -> Fraction:
-    return Fraction(float(emulator.dot(np.array([a]), np.array([b]), accumulator)[0, 0]))
+def fast_dot(a: list[float], b: list[float], accumulator: Accumulator, operands: str = "float32") -> Fraction:
+    return Fraction(float(dot(np.array([a]), np.array([b]), accumulator, operands)[0, 0]))
 
 
-@pytest.mark.parametrize("accumulator", ACCUMULATORS, ids=IDS)
+@pytest.mark.parametrize("accumulator", ACCUMULATORS, ids=named)
 @settings(deadline=None)
 @given(vectors=VECTORS)
 def test_dot_is_the_slow_model(accumulator: Accumulator, vectors: tuple[list[float], list[float]]) -> None:
     a, b = vectors
     exact = [Fraction(x) for x in a], [Fraction(y) for y in b]
-    assert fast_dot(a, b, accumulator) == slow_dot(*exact, accumulator.bits, accumulator.rounding, accumulator.group)
+    assert fast_dot(a, b, accumulator) == slow_dot(*exact, accumulator)
+    as_float8 = fast_dot(a, b, accumulator, "float8_e4m3fn")
+    assert as_float8 == slow_dot(*exact, accumulator, Fraction(SMALLEST_NORMAL["float8_e4m3fn"]))
+
+
+RECORDED = np.load(Path(__file__).with_name("h100_accumulator.npz"))
+TENSOR_CORES = {
+    "float8_e4m3fn": Accumulator(14, "RZ", 32),
+    "bfloat16": Accumulator(24, "RZ", 16, guard=2),
+    "float16": Accumulator(24, "RZ", 16, guard=2),
+}
+
+
+@pytest.mark.parametrize("recorded", [name.removesuffix(" sum") for name in RECORDED if name.endswith(" sum")])
+def test_the_accumulator_is_an_h100s_bit_for_bit(recorded: str) -> None:
+    """tl.dot on an H100 SXM, triton 3.6.0: (K, spread of exponents, a running sum or none, max_num_imprecise_acc or 0)."""
+    operands, _, _, running, promotion = recorded.split()
+    a, b = (RECORDED[f"{recorded} {side}"].view(NUMPY_DTYPES[operands]).astype(np.float32) for side in "ab")
+    expected, chip = RECORDED[f"{recorded} sum"], TENSOR_CORES[operands]
+    if running == "running":
+        found = aligned(a, b, chip, operands, RECORDED[f"{recorded} start"])
+    elif chip.bits < 24:
+        found = dot(a, b, replace(chip, promotion=int(promotion)), operands)
+    else:
+        found = aligned(a, b, chip, operands)
+    np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32))
+
+
+def test_each_part_of_the_recorded_accumulator_matters() -> None:
+    def differ(recorded: str, chip: Accumulator) -> bool:
+        operands = recorded.split()[0]
+        a, b = (RECORDED[f"{recorded} {side}"].view(NUMPY_DTYPES[operands]).astype(np.float32) for side in "ab")
+        return not np.array_equal(aligned(a, b, chip, operands), RECORDED[f"{recorded} sum"])
+
+    float8, half = "float8_e4m3fn 128 wide fresh 0", "float16 128 wide fresh 0"
+    for changes in ({"bits": 13}, {"bits": 15}, {"rounding": "RN"}, {"group": 16}, {"guard": 1}):
+        assert differ(float8, replace(TENSOR_CORES["float8_e4m3fn"], **changes)), changes
+    for changes in ({"bits": 23}, {"rounding": "RN"}, {"group": 8}, {"guard": 1}, {"guard": 3}):
+        assert differ(half, replace(TENSOR_CORES["float16"], **changes)), changes
 
 
 def test_dot_gives_one_number_for_each_pair_of_rows() -> None:
     drawn = np.random.default_rng(1)
-    a, b = (drawn.standard_normal((n, 40)).astype(ml_dtypes.bfloat16) for n in (3, emulator.BLOCK + 5))
+    a, b = (drawn.standard_normal((n, 40)).astype(ml_dtypes.bfloat16) for n in (3, BLOCK + 5))
     for accumulator in (*ACCUMULATORS, Accumulator()):
-        found = emulator.dot(a, b, accumulator)
+        found = dot(a, b, accumulator)
         assert found.shape == (3, len(b))
         assert found.dtype == np.float32
-        for i, j in ((0, 0), (2, 3), (1, emulator.BLOCK - 1), (1, emulator.BLOCK), (2, len(b) - 1)):
-            np.testing.assert_allclose(found[i, j], emulator.dot(a[i : i + 1], b[j : j + 1], accumulator)[0, 0], rtol=1e-5)
-    assert emulator.dot(a, b[:0], ACCUMULATORS[0]).shape == (3, 0)
+        for i, j in ((0, 0), (2, 3), (1, BLOCK - 1), (1, BLOCK), (2, len(b) - 1)):
+            np.testing.assert_allclose(found[i, j], dot(a[i : i + 1], b[j : j + 1], accumulator)[0, 0], rtol=1e-5)
+    assert dot(a, b[:0], ACCUMULATORS[0]).shape == (3, 0)
 
 
 def test_rounding_group_and_bits_all_matter() -> None:
     drawn = np.random.default_rng(2)
     a, b = (drawn.standard_normal((8, 128)).astype(ml_dtypes.bfloat16) for _ in range(2))
     changed = [ACCUMULATORS[0], Accumulator(14, "RZ", 32), Accumulator(13, "RN", 32), Accumulator(13, "RZ", 16), Accumulator()]
-    results = [emulator.dot(a, b, accumulator) for accumulator in changed]
+    results = [dot(a, b, accumulator) for accumulator in changed]
     for i, one in enumerate(results):
         assert not any(np.array_equal(one, other) for other in results[:i])
 
 
-@pytest.mark.parametrize("accumulator", [*ACCUMULATORS, Accumulator()], ids=[*IDS, "float32"])
+@pytest.mark.parametrize("accumulator", [*ACCUMULATORS, Accumulator()], ids=named)
 @pytest.mark.parametrize("power", [-40, -57, -62, -70, -80])
 def test_tiny_products_are_lost_and_never_become_nan(accumulator: Accumulator, power: int) -> None:
     a = np.full((2, 40), 2.0**power)
-    found = emulator.dot(a, a, accumulator)
+    found = dot(a, a, accumulator)
     expected = 40 * 2.0 ** (2 * power)
     assert (abs(found - expected) <= max(2.0**-120, expected / 256)).all()
 
@@ -161,20 +234,20 @@ def test_machine_code_gives_the_bits_of_the_definition(operand: str, group: int,
         for m, n, d in ((3, 37, 77), (2, 16, 128), (1, 1, 33)):
             a, b = ({**OPERANDS, **INFINITE}[operand](drawn, (rows, d)).astype(np.float32) for rows in (m, n))
             with np.errstate(all="ignore"):
-                found, expected = emulator.dot(a, b, accumulator), emulator._aligned(a, b, accumulator)
+                found, expected = dot(a, b, accumulator), aligned(a, b, accumulator)
             np.testing.assert_array_equal(bits_of(found), bits_of(expected), f"{bits} bits, {(m, n, d)}")
 
 
 @pytest.mark.parametrize("operand", OPERANDS)
 def test_machine_code_runs_where_sums_are_exact_and_finite(operand: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("numba")
-    a, b = (OPERANDS[operand](np.random.default_rng(n), (n, 128)) for n in (3, emulator.BLOCK + 5))
-    monkeypatch.setattr(emulator, "_aligned", lambda *_: pytest.fail("The definition was called."))
-    for accumulator in (*ACCUMULATORS, Accumulator(19, "RN", 32), Accumulator(23, "RZ", 2)):
-        assert np.isfinite(emulator.dot(a, b, accumulator)).all()
-    for accumulator in (Accumulator(20, "RN", 32), Accumulator(23, "RZ", 4)):
+    a, b = (OPERANDS[operand](np.random.default_rng(n), (n, 128)) for n in (3, BLOCK + 5))
+    monkeypatch.setattr(accumulator_module, "aligned", lambda *_: pytest.fail("The definition was called."))
+    for accumulator in (*ACCUMULATORS, Accumulator(18, "RN", 32), Accumulator(22, "RZ", 2)):
+        assert np.isfinite(dot(a, b, accumulator)).all()
+    for accumulator in (Accumulator(19, "RN", 32), Accumulator(23, "RZ", 4), Accumulator(18, "RZ", 32, guard=1)):
         with pytest.raises(pytest.fail.Exception):
-            emulator.dot(a, b, accumulator)
+            dot(a, b, accumulator)
 
 
 def njit_without_a_cache(**_: Any) -> None:
@@ -184,12 +257,12 @@ def njit_without_a_cache(**_: Any) -> None:
 @pytest.mark.parametrize("numba", [None, SimpleNamespace(njit=njit_without_a_cache)], ids=["no numba", "no cache"])
 def test_without_numba_the_definition_runs(numba: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "numba", numba)
-    monkeypatch.setattr(emulator, "_compiled", emulator._compiled.__wrapped__)
+    monkeypatch.setattr(accumulator_module, "_compiled", accumulator_module._compiled.__wrapped__)
     a, b = (OPERANDS["e4m3"](np.random.default_rng(n), (n, 40)).astype(np.float32) for n in (2, 5))
     for accumulator in ACCUMULATORS:
-        np.testing.assert_array_equal(emulator.dot(a, b, accumulator), emulator._aligned(a, b, accumulator))
-    monkeypatch.setattr(emulator, "_aligned", lambda *_: np.zeros((2, 5), np.float32))
-    assert not emulator.dot(a, b, ACCUMULATORS[0]).any()
+        np.testing.assert_array_equal(dot(a, b, accumulator), aligned(a, b, accumulator))
+    monkeypatch.setattr(accumulator_module, "aligned", lambda *_: np.zeros((2, 5), np.float32))
+    assert not dot(a, b, ACCUMULATORS[0]).any()
 
 
 # --- the proven bound ---
@@ -204,11 +277,20 @@ def share_of_bound(a: list[float], b: list[float], accumulator: Accumulator, bit
     return float(error) / bound if bound else float(error > 0)
 
 
-BOUNDED = [*ACCUMULATORS, Accumulator(13, "RZ", 4), Accumulator(18, "RZ", 16), Accumulator(13, "RZ", 1), Accumulator()]
-BOUNDED_IDS = [f"{x.bits}-{x.rounding}-{x.group}" for x in BOUNDED]
+BOUNDED = [
+    *ACCUMULATORS,
+    Accumulator(13, "RZ", 4),
+    Accumulator(18, "RZ", 16),
+    Accumulator(13, "RZ", 1),
+    Accumulator(14, "RZ", 32, promotion=64),
+    Accumulator(13, "RZ", 8, promotion=8),
+    Accumulator(14, "RZ", 32, product="tfloat32"),
+    Accumulator(product="bfloat16"),
+    Accumulator(),
+]
 
 
-@pytest.mark.parametrize("accumulator", BOUNDED, ids=BOUNDED_IDS)
+@pytest.mark.parametrize("accumulator", BOUNDED, ids=named)
 @settings(deadline=None)
 @given(vectors=VECTORS)
 def test_the_bound_holds(accumulator: Accumulator, vectors: tuple[list[float], list[float]]) -> None:
@@ -230,7 +312,7 @@ def adversaries(length: int) -> dict[str, list[float]]:
     }
 
 
-@pytest.mark.parametrize("accumulator", BOUNDED, ids=BOUNDED_IDS)
+@pytest.mark.parametrize("accumulator", BOUNDED, ids=named)
 @pytest.mark.parametrize("length", [1, 2, 31, 33, 64, 128])
 def test_the_bound_holds_against_adversaries(accumulator: Accumulator, length: int) -> None:
     for name, products in adversaries(length).items():
@@ -238,12 +320,13 @@ def test_the_bound_holds_against_adversaries(accumulator: Accumulator, length: i
         assert share_of_bound(a, [1.0] * length, accumulator) <= 1, name
 
 
-@pytest.mark.parametrize("accumulator", ACCUMULATORS[:2], ids=IDS[:2])
+@pytest.mark.parametrize("accumulator", ACCUMULATORS[:2], ids=named)
 def test_the_bound_is_no_idle_one(accumulator: Accumulator) -> None:
     """An adversary uses a good part of it, and an accumulator that is three bits shorter than declared breaks it."""
     unit = 2.0 ** (1 - accumulator.bits)
     a = [1.0, *[unit * (1 - 2.0**-8)] * 31]
-    assert 0.9 < share_of_bound(a, [1.0] * 32, accumulator) <= 1
+    # It cuts 31 products, and the bound has 34 cuts: 32, the running sum's and the last.
+    assert 0.98 * 31 / 34 < share_of_bound(a, [1.0] * 32, accumulator) <= 1
     shorter = [1.0, *[8 * unit * (1 - 2.0**-8)] * 31]
     assert share_of_bound(shorter, [1.0] * 32, accumulator, accumulator.bits - 3) > 1
 
@@ -256,16 +339,16 @@ BITS32 = st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=64).map(lambda
 @given(BITS32)
 def test_rounded_is_what_ml_dtypes_and_numpy_round_to(drawn: Array) -> None:
     with np.errstate(all="ignore"):
-        np.testing.assert_array_equal(emulator.rounded(drawn, "bfloat16"), drawn.astype(ml_dtypes.bfloat16).astype(np.float32))
-        np.testing.assert_array_equal(emulator.rounded(drawn, "float16"), drawn.astype(np.float16).astype(np.float32))
-        np.testing.assert_array_equal(emulator.rounded(drawn, "float32"), drawn)
+        np.testing.assert_array_equal(rounded(drawn, "bfloat16"), drawn.astype(ml_dtypes.bfloat16).astype(np.float32))
+        np.testing.assert_array_equal(rounded(drawn, "float16"), drawn.astype(np.float16).astype(np.float32))
+        np.testing.assert_array_equal(rounded(drawn, "float32"), drawn)
 
 
 def test_rounded_by_hand() -> None:
     values = np.array([1 + 2.0**-8, 1 + 3 * 2.0**-8, 257, 65519, 65520, 1e38, -np.inf])
-    assert emulator.rounded(values, "bfloat16").tolist()[:3] == [1.0, 1 + 2.0**-6, 256.0]
-    assert emulator.rounded(values, "float16").tolist()[2:] == [257.0, 65504.0, np.inf, np.inf, -np.inf]
-    assert emulator.rounded(values, "float32").tolist()[:4] == values.tolist()[:4]
+    assert rounded(values, "bfloat16").tolist()[:3] == [1.0, 1 + 2.0**-6, 256.0]
+    assert rounded(values, "float16").tolist()[2:] == [257.0, 65504.0, np.inf, np.inf, -np.inf]
+    assert rounded(values, "float32").tolist()[:4] == values.tolist()[:4]
 
 
 def test_an_intermediate_is_scaled_before_it_is_rounded() -> None:

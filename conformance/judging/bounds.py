@@ -33,16 +33,32 @@ def gamma(operations: float, unit_roundoff: float) -> float:
 
 
 def dot_gamma(accumulator: Accumulator, length: int, extra: int = 0) -> float:
-    """gamma of a dot product of this length; an aligned group also cuts the running sum once."""
-    groups = length / accumulator.group if accumulator.group > 1 else 0
-    return gamma(length + groups + extra, accumulator.unit_roundoff)
+    """gamma of a dot product of this length, and of `extra` operations (judging 3.1).
+
+    An aligned group cuts each of its products and the running sum, `guard` bits below the last place, and the sum once more.
+    """
+    summed = min(length, accumulator.promotion or length)
+    groups = math.ceil(summed / accumulator.group) if accumulator.group > 1 else 0
+    cuts = (summed + groups) * 2.0**-accumulator.guard + groups if groups else summed
+    found = gamma(cuts + extra, accumulator.unit_roundoff)
+    if accumulator.promotion:
+        found += gamma(math.ceil(length / accumulator.promotion), UNIT_ROUNDOFF["float32"]) * (1 + found)
+    return found + _rounding(accumulator.product) * (1 + found)
+
+
+def magnitude(operands: Float64, accumulator: Accumulator, dtype: str) -> Float64:
+    """|operands| as an aligned accumulator of products in this format takes them: a subnormal's exponent is the smallest."""
+    size = abs(operands)
+    if accumulator.group == 1 or dtype not in SMALLEST_NORMAL:
+        return np.asarray(size)
+    return np.where(size > 0, np.maximum(size, SMALLEST_NORMAL[dtype]), 0.0)
 
 
 def score_bound(
     profile: Profile,
     scores: Float64,
     weighted: Float64,
-    magnitude: Float64,
+    products: Float64,
     *,
     heads: int,
     dim: int,
@@ -52,8 +68,9 @@ def score_bound(
 ) -> Float64:
     """eps_j of judging 3.1: |computed - true score| for every order of summation the profile allows.
 
-    weighted = scale * sum |w| relu(q.k), magnitude = scale * sum |w| |q|.|k|. `exact`: a case in which nothing before the final
-    rounding can round; `dots_exact`: int8 products in an accumulator that holds them; `flushed` = scale * sum max(1, |w|).
+    weighted = scale * sum |w| relu(q.k), products = scale * sum |w| |q|.|k|, each by its `magnitude`. `exact`: a case in which
+    nothing before the final rounding can round; `dots_exact`: int8 products in an accumulator that holds them; `flushed` =
+    scale * sum max(1, |w|).
     """
     logit = 0.0 if profile.logit in ("float32", "float64") and exact else UNIT_ROUNDOFF[profile.logit]
     if exact:
@@ -61,7 +78,7 @@ def score_bound(
     dots = 0.0 if dots_exact else dot_gamma(profile.accumulator, dim)
     unit_sum = UNIT_ROUNDOFF[profile.head_sum]
     head_sum = gamma(heads + 2, unit_sum) + (UNIT_ROUNDOFF[profile.intermediate] if profile.intermediate != "float32" else 0.0)
-    bound = dots * magnitude + head_sum * (weighted + dots * magnitude) + (2 * unit_sum + logit) * abs(scores)
+    bound = dots * products + head_sum * (weighted + dots * products) + (2 * unit_sum + logit) * abs(scores)
     if profile.subnormals == "flushed":
         smallest = max(SMALLEST_NORMAL[f] for f in (profile.intermediate, profile.head_sum, profile.logit))
         bound = bound + (heads + 1) * smallest * (1 + flushed)
@@ -158,7 +175,8 @@ def attention_bound(profile: Profile, row: Operands, dtype: str) -> RowBound:
     q, kv, p, out, lse, v = row.q, row.kv, row.p, row.out, row.lse, row.values
     count, dim = kv.shape
     u_p = _rounding(profile.p)
-    magnitudes = row.softmax_scale * (abs(q) @ abs(kv).T).max(axis=1)
+    sizes = [magnitude(operand, profile.accumulator, dtype) for operand in (q, kv)]
+    magnitudes = row.softmax_scale * (sizes[0] @ sizes[1].T).max(axis=1)
     lam = (dot_gamma(profile.accumulator, dim, EXTRA_OPERATIONS) + row.kv_unit + _rounding(profile.logit)) * magnitudes
     total = p.sum(axis=1)
     # sum p |v - o| <= sqrt(sum p * sum p (v - o)^2), expanded so that it is one matrix product; the sink is a key of value 0.

@@ -49,26 +49,32 @@ class IndexReference:
 
     def _rows(self) -> Iterator[tuple[int, IndexFacts]]:
         emulated = emulator.index_scores(self.call, self.profile)
-        for block, low, (scores, weighted, magnitude) in oracle.index_sums(self.call, _sums):
+        for block, low, (scores, weighted, products) in oracle.index_sums(self.call, self._sums):
             for i, row in enumerate(range(block.start, block.stop)):
                 start, end = self.spans[row]
                 seen = slice(start - low, end - low)
                 if start == end:
                     continue
                 if np.isfinite(scores[i, seen]).all():
-                    found = self._row(row, scores[i, seen], weighted[i, seen], magnitude[i, seen], emulated[row])
+                    found = self._row(row, scores[i, seen], weighted[i, seen], products[i, seen], emulated[row])
                     yield row, found
                 else:
                     self.spoilt += 1
 
-    def _row(self, row: int, scores: Float64, weighted: Float64, magnitude: Float64, emulated: Array) -> IndexFacts:
+    def _sums(self, q: Float64, k: Float64, weights: Float64) -> list[Float64]:
+        """The scores, the same of |weights|, and those of all magnitudes: the bounds need them all (judging 3.1)."""
+        accumulator, dtype = self.profile.accumulator, self.call.arrays["q"].dtype.name
+        sizes = [bounds.magnitude(operand, accumulator, dtype) for operand in (q, k)]
+        return [*oracle.head_sums(q, k, weights, abs(weights)), *oracle.head_sums(*sizes, abs(weights))]
+
+    def _row(self, row: int, scores: Float64, weighted: Float64, products: Float64, emulated: Array) -> IndexFacts:
         _, heads, dim = self.call.arrays["q"].shape
         start = self.spans[row][0]
         bound = bounds.score_bound(
             self.profile,
             scores,
             weighted,
-            magnitude,
+            products,
             heads=heads,
             dim=dim,
             dots_exact=self.call.arrays["q"].dtype == np.int8 and self.profile.accumulator.bits >= 24,
@@ -259,9 +265,3 @@ class IndexJudge:
                     f"RMS error of returned scores is {error:.4g}, where the emulator has {own:.4g} and {allowed:.4g} is "
                     "allowed",
                 )
-
-
-def _sums(q: Float64, k: Float64, weights: Float64) -> list[Float64]:
-    """The scores, the same of |weights|, and those of all magnitudes: the bounds need them all (judging 3.1)."""
-    magnitudes = abs(weights)
-    return [*oracle.head_sums(q, k, weights, magnitudes), *oracle.head_sums(abs(q), abs(k), magnitudes)]

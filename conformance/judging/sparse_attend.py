@@ -11,6 +11,7 @@ import numpy as np
 from dsa_portable.conformance.cases.call import Call, Outputs
 from dsa_portable.conformance.cases.catalogue import Case
 from dsa_portable.conformance.judging import bounds, emulator, oracle
+from dsa_portable.conformance.judging.accumulator import rounded
 from dsa_portable.conformance.judging.rules import Verdict
 from dsa_portable.profile import UNIT_ROUNDOFF, Profile
 
@@ -67,7 +68,7 @@ class AttendReference:
         stored = self.call.arrays["q"][row]
         q, scale, width = stored.astype(np.float64), options["softmax_scale"], options["value_dim"]
         out, lse, p = oracle.attention(q, kv, scale, width, sink)
-        changed = (emulator.rounded(kv, profile.kv_compute) != kv).any()
+        changed = (rounded(kv, profile.kv_compute) != kv).any()
         unit = UNIT_ROUNDOFF[profile.kv_compute] if changed and profile.kv_compute != "float32" else 0.0
         facts = bounds.Operands(q, kv, scale, width, p, out, lse, unit)
         own, own_lse = emulator.attention(stored, kv, scale, width, sink, profile)

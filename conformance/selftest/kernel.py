@@ -11,7 +11,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from dsa_portable.conformance.cases.call import Call
-from dsa_portable.conformance.judging.emulator import dot, rounded, stored
+from dsa_portable.conformance.judging.accumulator import dot, rounded
+from dsa_portable.conformance.judging.emulator import stored
 from dsa_portable.formats import layout, unpack
 from dsa_portable.profile import Profile
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from dsa_portable.arrays import NUMPY_DTYPES
 from dsa_portable.batch import DECODE_ROWS
-from dsa_portable.conformance.judging.emulator import rounded
+from dsa_portable.conformance.judging.accumulator import rounded
 from dsa_portable.conformance.selftest.plant import Fault
 from dsa_portable.profile import Accumulator
 

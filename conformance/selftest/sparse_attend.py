@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from dsa_portable.conformance.cases.sparse_attend import V32_SCALE
-from dsa_portable.conformance.judging.emulator import dot, rounded
+from dsa_portable.conformance.judging.accumulator import dot, rounded
 from dsa_portable.conformance.selftest.plant import Edit, Fault
 from dsa_portable.formats import Unpacked, unpack
 from dsa_portable.profile import Profile
