@@ -13,7 +13,7 @@ from dsa_portable.conformance.judging.rules import RULES
 from dsa_portable.formats import LAYOUTS
 from dsa_portable.formats.caches import CacheLayout
 from dsa_portable.operators.merge import MERGE
-from dsa_portable.profile import Profile
+from dsa_portable.profile import ENVELOPES, WIDE, WORDS, Accumulator, Profile
 
 CONTRACT, JUDGING = (Path(__file__).with_name(name) for name in ("contract.md", "judging.md"))
 BLOCK = re.compile(r"<!-- generated: (?P<name>[\w ]+) -->\n.*?<!-- end -->", re.DOTALL)
@@ -49,16 +49,30 @@ def formats() -> str:
     return "\n".join(lines)
 
 
-def profile() -> str:
-    """The numerics profile: name, default and comment of each field, as the class has them."""
+def fields_of(declared: type) -> str:
+    """A declaration of numerics: name, default and comment of each field, as the class has them."""
     lines = ["| field | default | meaning |", "| --- | --- | --- |"]
     for name, default, comment in re.findall(
-        r"^    (\w+): [\w.]+ = (.*?)(?:  # (.*))?$", inspect.getsource(Profile), re.MULTILINE
+        r"^    (\w+): [\w.]+ = (.*?)(?:  # (.*))?$", inspect.getsource(declared), re.MULTILINE
     ):
         if name == "accumulator":
             a = Profile().accumulator
             default, comment = f"{a.bits} bits, {a.rounding}, group {a.group}", "how a dot product is summed, see below"
         lines.append(f"| `{name}` | {default.strip(chr(34))} | {comment} |")
+    return "\n".join(lines)
+
+
+def envelopes() -> str:
+    """The envelopes, the narrowest first: which accumulator, and what may be in which formats."""
+    lines = ["| envelope | of | accumulator | may be less than float32 |", "| --- | --- | --- | --- |"]
+    for name, e in ENVELOPES:
+        formats: dict[str, list[str]] = {}
+        for field, allowed in e.formats.items():
+            if field == "product" or set(WORDS[field][0]) & set(e.operators):
+                formats.setdefault(", ".join(sorted(allowed - WIDE)), []).append(f"`{field}`")
+        less = "; ".join(f"{' '.join(fields)}: {allowed}" for allowed, fields in formats.items())
+        of = ", ".join(f"`{operator}`" for operator in e.operators)
+        lines.append(f"| `{name}` | {of} | at least {e.bits} bits | {less or 'nothing'} |")
     return "\n".join(lines)
 
 
@@ -75,7 +89,9 @@ TABLES: dict[Path, dict[str, Callable[[], str]]] = {
         "layouts": layouts,
         "formats": formats,
         "features": partial(contract.feature_table, operators.FEATURES),
-        "profile": profile,
+        "profile": partial(fields_of, Profile),
+        "accumulator": partial(fields_of, Accumulator),
+        "envelopes": envelopes,
     },
     JUDGING: {"rules": rules},
 }

@@ -13,7 +13,7 @@ from dsa_portable.contract import Capabilities
 from dsa_portable.profile import Profile
 
 # The contract this package implements (docs/contract.md); a backend names the one it was written for.
-CONTRACT_VERSION = "1.0"
+CONTRACT_VERSION = "1.1"
 
 
 @dataclass(frozen=True)

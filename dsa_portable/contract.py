@@ -260,8 +260,8 @@ def _shared(value: Any, wanted: str) -> Any:
 def _check_common(signature: Signature, index_space: str, packed: Mapping[str, str | None]) -> None:
     if index_space != "request":
         raise Unsupported(
-            f"{signature.name}: index_space is {index_space!r}, but contract 1.0 has 'request' alone; convert with the Batch's "
-            "to_flat(), to_slots(), from_flat() or from_slots().",
+            f"{signature.name}: index_space is {index_space!r}, but this contract has 'request' alone; convert with "
+            "the Batch's to_flat(), to_slots(), from_flat() or from_slots().",
             "index_space",
         )
     for argument, layout_name in packed.items():
@@ -352,7 +352,7 @@ def check_arrays(
             if not paged and layout(layout_name).planar:
                 raise InvalidArgument(f"{where}, but {layout_name} is stored page by page; pass a batch with a block_table.")
         elif dtype_name(value) in argument.reserved:
-            raise Unsupported(f"{where}, but contract 1.0 only reserves this format; use {argument.dtypes[0]}.", "format")
+            raise Unsupported(f"{where}, but this contract only reserves this format; use {argument.dtypes[0]}.", "format")
         elif dtype_name(value) not in argument.dtypes:
             raise InvalidArgument(f"{where}, but {' or '.join(argument.dtypes)} is accepted; cast it, or name its layout.")
         first = value if first is None else first

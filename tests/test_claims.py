@@ -124,7 +124,7 @@ def claim(
 
 
 @pytest.mark.parametrize("key", LIST)
-@pytest.mark.parametrize("envelope", ["exact", "reduced", "bf16-logits"])
+@pytest.mark.parametrize("envelope", ["exact", "exact-p16", "reduced", "bf16-logits"])
 def test_everything_holds(key: Key, envelope: str) -> None:
     found = claim(key, envelope=envelope)
     assert (found.level, found.reason, found.envelope) == (f"core-2026.11 {envelope}", "", envelope)
@@ -236,7 +236,7 @@ def test_a_level_is_for_hardware_alone(evidence: Evidence) -> None:
 def test_a_profile_outside_the_envelopes() -> None:
     found = claim(INDEX, envelope=None)
     assert (found.level, found.envelope) == (None, None)
-    assert found.reason == "the declared profile lies in no envelope (exact, reduced, bf16-logits)"
+    assert found.reason == "the declared profile lies in no envelope (exact, exact-p16, reduced, bf16-logits)"
 
 
 @pytest.mark.parametrize("level", LISTS)

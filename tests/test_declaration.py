@@ -84,7 +84,7 @@ def test_capabilities_of_no_meaning(declared: Any, sentence: str) -> None:
     ("profile", "sentence"),
     [
         (None, "returned None, but a Profile is accepted"),
-        (Profile(p="float8"), ".p is 'float8', but one of float64, float32, float16, bfloat16 is accepted"),
+        (Profile(p="float8"), ".p is 'float8', but one of float64, float32, tfloat32, float16, bfloat16 is accepted"),
         (Profile(p=["float32"]), ".p is ['float32'], but one of"),  # type: ignore[arg-type]
         (Profile(exp_ulp=float("nan")), ".exp_ulp is nan, but a number from 0 on is accepted"),
         (Profile(ties="highest"), ".ties is 'highest', but one of any, lowest is accepted"),
@@ -92,6 +92,15 @@ def test_capabilities_of_no_meaning(declared: Any, sentence: str) -> None:
         (Profile(accumulator=14), ".accumulator is 14, but an Accumulator is accepted"),  # type: ignore[arg-type]
         (Profile(accumulator=Accumulator(rounding="RU")), ".accumulator.rounding is 'RU', but one of RN, RZ is accepted"),
         (Profile(accumulator=Accumulator(bits=0)), ".accumulator.bits is 0, but a whole number from 1 on is accepted"),
+        (
+            Profile(qk_compute="float16"),
+            ".qk_compute is 'float16', but one of float64, float32, tfloat32, bfloat16 is accepted",
+        ),
+        (Profile(rescale_threshold=-1.0), ".rescale_threshold is -1.0, but a number from 0 on is accepted"),
+        (Profile(accumulator=Accumulator(14, guard=2)), ".accumulator.guard is 2, but a group of 1 aligns nothing; mend"),
+        (Profile(accumulator=Accumulator(24, promotion=128)), ".accumulator.promotion is 128, but a sum of 24 bits is float32"),
+        (Profile(accumulator=Accumulator(14, "RZ", 32, 0, 48)), ".accumulator.promotion is 48, but only whole groups can be"),
+        (Profile(p="float16", rescale_threshold=11.5), ".rescale_threshold is 11.5, but e to it is more than the format of P"),
     ],
 )
 def test_a_profile_of_no_meaning(profile: Any, sentence: str) -> None:
@@ -101,6 +110,18 @@ def test_a_profile_of_no_meaning(profile: Any, sentence: str) -> None:
     with pytest.raises(DeclarationError, match=re.escape(sentence)) as caught:
         subject(replace(CPU, profile=of_attention))
     assert "profile('sparse_attend', 'bf16', 'decode')" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("made", "sentence"),
+    [
+        (lambda: Profile(head_sums="float32"), "the field 'head_sums', which Profile of contract 1.1 does not have; correct"),  # type: ignore[call-arg]
+        (lambda: Accumulator(sticky=True), "the field 'sticky', which Accumulator of contract 1.1 does not have"),  # type: ignore[call-arg]
+    ],
+)
+def test_a_field_of_another_contract_is_named(made: Callable[[], Any], sentence: str) -> None:
+    with pytest.raises(DeclarationError, match=re.escape(sentence)):
+        subject(replace(CPU, profile=lambda *_: made()))
 
 
 @pytest.mark.parametrize("sources", [None, {"p": 3}, {"pp": "a document"}])

@@ -363,7 +363,7 @@ def test_an_intermediate_is_scaled_before_it_is_rounded() -> None:
 # --- whole profiles ---
 
 INDEX = IndexCase("small", "Small.", (), "e4m3/f32/f32", ((3, 30), (2, 17)), heads=4, head_dim=48, topk=8, page_size=4)
-ATTEND = AttendCase("small", "Small.", (), "f32", ((2, 80),), heads=4, dims=(48, 32), topk=64, sink=True, holes=False)
+ATTEND = AttendCase("small", "Small.", (), "f32", ((2, 200),), heads=4, dims=(48, 32), topk=160, sink=True, holes=False)
 
 
 def index_scores(profile: Profile) -> Array:
@@ -423,6 +423,11 @@ INDEX_ROUNDINGS = [
     {"head_sum": "bfloat16"},
     {"logit": "bfloat16"},
     {"scale_compute": "bfloat16"},
+    {"qk_compute": "tfloat32"},
+    {"qk_compute": "bfloat16"},
+    {"qk_compute": "tfloat32", "accumulator": Accumulator(product="bfloat16")},
+    {"accumulator": replace(ACCUMULATORS[0], promotion=32)},
+    {"accumulator": replace(ACCUMULATORS[0], guard=1)},
 ]
 ATTEND_ROUNDINGS = [
     {"accumulator": ACCUMULATORS[0]},
@@ -430,11 +435,18 @@ ATTEND_ROUNDINGS = [
     {"p": "bfloat16"},
     {"p": "bfloat16", "normaliser": "rounded"},
     {"kv_compute": "bfloat16"},
+    {"kv_compute": "tfloat32"},
+    {"maximum": "bfloat16", "p": "bfloat16"},
+    {"rescale_threshold": 2.0, "p": "bfloat16"},
+    {"normaliser_sum": "bfloat16"},
+    {"partials": "bfloat16"},
+    {"lse": "bfloat16"},
+    {"exp_ulp": 64.0},
+    {"accumulator": Accumulator(product="bfloat16")},
+    {"accumulator": replace(ACCUMULATORS[0], promotion=32)},
 ]
 PROMISES: list[dict[str, Any]] = [
-    {"exp_ulp": 8.0},
     {"finite_max": 65504.0},
-    {"subnormals": "flushed"},
     {"ties": "lowest"},
     {"deterministic": True},
 ]

@@ -48,7 +48,8 @@ def verdict(code: str, profile_name: str, case_id: str) -> Verdict:
 
 
 def test_the_profiles_cover_every_envelope() -> None:
-    assert {envelope("lightning_index", profile) for profile in PROFILES.values()} == set(ENVELOPES)
+    of_the_index = {name for name, inside in ENVELOPES if "lightning_index" in inside.operators}
+    assert {envelope("lightning_index", profile) for profile in PROFILES.values()} == of_the_index
 
 
 @pytest.mark.parametrize("profile_name", PROFILES)

@@ -242,13 +242,15 @@ def test_an_entry_point_that_lies(install: Install, source: str, words: str) -> 
     assert call() == 0
 
 
-@pytest.mark.parametrize(("version", "fits"), [("1.0", True), ("2.0", False), ("0.9", False), ("1.1", False), ("1", False)])
+@pytest.mark.parametrize(
+    ("version", "fits"), [("1.0", True), ("1.1", True), ("2.0", False), ("0.9", False), ("1.2", False), ("1", False)]
+)
 def test_contract_versions(install: Install, version: str, fits: bool) -> None:
     install("versioned", f'fields["contract"] = "{version}"', answer=4)
     if fits:
         assert call(backend="versioned") == 4
         return
-    words = f"'versioned' was written for contract {version}, but this is 1.0; install versions that agree"
+    words = f"'versioned' was written for contract {version}, but this is 1.1; install versions that agree"
     with pytest.raises(BackendNotImportable, match=re.escape(words)):
         call(backend="versioned")
 

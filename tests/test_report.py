@@ -120,6 +120,7 @@ def report(
                 "phase": "decode",
                 "envelope": "exact",
                 "profile": {"accumulator": {"bits": 24, "rounding": "RN"}, "finite_range": [-math.inf, math.inf]},
+                "words": "P in bfloat16",
             }
         ],
         "device": {
@@ -593,7 +594,7 @@ def test_summary_says_what_is_claimed_and_what_is_not() -> None:
     assert "## Failures" not in granted
     assert "15 test selection, 10 see no more" in failed
     assert "index rows" not in summary(report([case(1, N)]))
-    assert '"rounding": "RN"' in granted
+    assert "| exact | P in bfloat16 | nothing |" in granted
     for fact in (
         "core-2026.11",
         "c" * 64,

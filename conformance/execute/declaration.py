@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import dsa_portable
-from dsa_portable.backend import Backend, Device
+from dsa_portable.backend import CONTRACT_VERSION, Backend, Device
 from dsa_portable.conformance.cases.catalogue import Case
 from dsa_portable.conformance.cases.relation import PipelineCase
 from dsa_portable.conformance.execute.recording import Key, Subject
@@ -73,8 +75,42 @@ PROFILE: Mapping[str, Check] = {
     "subnormals": _one_of("kept", "flushed"),
     "ties": _one_of("any", "lowest"),
     "deterministic": (lambda value: isinstance(value, bool), "True or False"),
+    "qk_compute": _one_of("float64", "float32", "tfloat32", "bfloat16"),
+    "maximum": _FLOAT,
+    "rescale_threshold": (lambda value: value == 0 or _POSITIVE[0](value), "a number from 0 on"),
+    "normaliser_sum": _FLOAT,
+    "partials": _FLOAT,
+    "lse": _FLOAT,
 }
-ACCUMULATOR: Mapping[str, Check] = {"bits": _count(1), "rounding": _one_of("RN", "RZ"), "group": _count(1)}
+ACCUMULATOR: Mapping[str, Check] = {
+    "bits": _count(1),
+    "rounding": _one_of("RN", "RZ"),
+    "group": _count(1),
+    "guard": _count(0),
+    "promotion": _count(0),
+    "product": _FLOAT,
+}
+# What P may reach, as a power of e, before its format overflows.
+LARGEST_P = {"float16": math.log(65504.0)}
+# Fields that contradict each other: the one to name, how to tell, and why.
+CONTRADICTIONS: tuple[tuple[str, Callable[[Profile], bool], str], ...] = (
+    ("accumulator.guard", lambda p: p.accumulator.guard > 0 and p.accumulator.group == 1, "a group of 1 aligns nothing"),
+    (
+        "accumulator.promotion",
+        lambda p: p.accumulator.promotion > 0 and p.accumulator.bits >= 24,
+        "a sum of 24 bits is float32 already",
+    ),
+    (
+        "accumulator.promotion",
+        lambda p: p.accumulator.promotion % p.accumulator.group > 0,
+        "only whole groups can be promoted",
+    ),
+    (
+        "rescale_threshold",
+        lambda p: p.rescale_threshold > LARGEST_P.get(p.p, 80.0),
+        "e to it is more than the format of P holds",
+    ),
+)
 
 
 def _checked(who: str, what: str, value: Any, table: Mapping[str, Check]) -> None:
@@ -98,6 +134,12 @@ def _ask(backend: Backend, what: str, ask: Callable[[], Any]) -> Any:
     except BackendExited:
         raise
     except Exception as exc:
+        unknown = re.match(r"(Profile|Accumulator)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(exc))
+        if isinstance(exc, TypeError) and unknown:
+            raise DeclarationError(
+                f"backend {backend.name!r}: {what} names the field {unknown[2]!r}, which {unknown[1]} of contract "
+                f"{CONTRACT_VERSION} does not have; correct its spelling, or use a newer dsa-portable."
+            ) from exc
         raise DeclarationError(f"backend {backend.name!r}: {what} raised {exc!r}; mend the declaration.") from exc
 
 
@@ -145,6 +187,12 @@ def profiles(
             )
         _checked(backend.name, call, profile, PROFILE)
         _checked(backend.name, f"{call}.accumulator", profile.accumulator, ACCUMULATOR)
+        for name, contradicts, why in CONTRADICTIONS:
+            if contradicts(profile):
+                value = attrgetter(name)(profile)
+                raise DeclarationError(
+                    f"backend {backend.name!r}: {call}.{name} is {value!r}, but {why}; mend the declaration."
+                )
         found[key] = profile
         if backend.profile_sources is not None:
             said = _ask(backend, f"profile_sources{key}", partial(backend.profile_sources, chip, *key))

@@ -6,13 +6,14 @@ The constants are the suite's, the same for every vendor, who may widen a profil
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from dsa_portable.profile import SMALLEST_NORMAL, UNIT_ROUNDOFF, Accumulator, Profile
+from dsa_portable.profile import SMALLEST_NORMAL, UNIT_ROUNDOFF, WIDE, Accumulator, Profile
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Float64: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
@@ -23,7 +24,8 @@ SLOPE = 1.5e-3  # judging 4.3: bias beyond what the emulator's accounts for
 # the subtraction of the maximum (2), and the rescaling and division at the end (2).
 EXTRA_OPERATIONS = 8
 # Half the distance between the smallest subnormals of the output formats: rounding near zero costs that much.
-HALF_SUBNORMAL = {"float32": 2.0**-150, "bfloat16": 2.0**-134, "float16": 2.0**-25}
+HALF_SUBNORMAL = {"float32": 2.0**-150, "tfloat32": 2.0**-137, "bfloat16": 2.0**-134, "float16": 2.0**-25}
+TILE = 64  # keys that a normaliser in 16 bits sums in float32 between two roundings; half as many are allowed
 
 
 def gamma(operations: float, unit_roundoff: float) -> float:
@@ -64,25 +66,39 @@ def score_bound(
     dim: int,
     dots_exact: bool,
     exact: bool,
-    flushed: Float64 | float = 0.0,
+    operand_unit: float = 0.0,
+    scale_unit: Float64 | float = 0.0,
+    lost: Float64 | float = 0.0,
 ) -> Float64:
     """eps_j of judging 3.1: |computed - true score| for every order of summation the profile allows.
 
     weighted = scale * sum |w| relu(q.k), products = scale * sum |w| |q|.|k|, each by its `magnitude`. `exact`: a case in which
-    nothing before the final rounding can round; `dots_exact`: int8 products in an accumulator that holds them; `flushed` =
-    scale * sum max(1, |w|).
+    nothing before the final rounding can round; `dots_exact`: int8 products in an accumulator that holds them; `operand_unit`:
+    what rounding to qk_compute does to a product; `scale_unit`: what rounding to scale_compute does to each key's scale;
+    `lost`: `index_lost`.
     """
-    logit = 0.0 if profile.logit in ("float32", "float64") and exact else UNIT_ROUNDOFF[profile.logit]
+    logit = 0.0 if profile.logit in WIDE and exact else UNIT_ROUNDOFF[profile.logit]
     if exact:
-        return logit * abs(scores)
+        return (logit + scale_unit) * abs(scores)
     dots = 0.0 if dots_exact else dot_gamma(profile.accumulator, dim)
+    dots += operand_unit * (1 + dots)
     unit_sum = UNIT_ROUNDOFF[profile.head_sum]
-    head_sum = gamma(heads + 2, unit_sum) + (UNIT_ROUNDOFF[profile.intermediate] if profile.intermediate != "float32" else 0.0)
+    head_sum = gamma(heads + 2, unit_sum) + _rounding(profile.intermediate)
     bound = dots * products + head_sum * (weighted + dots * products) + (2 * unit_sum + logit) * abs(scores)
-    if profile.subnormals == "flushed":
-        smallest = max(SMALLEST_NORMAL[f] for f in (profile.intermediate, profile.head_sum, profile.logit))
-        bound = bound + (heads + 1) * smallest * (1 + flushed)
-    return bound
+    return bound + scale_unit * (abs(scores) + bound) + lost
+
+
+def index_lost(profile: Profile, heads: int, dim: int, per_head: Float64) -> Float64 | float:
+    """What scores lose below the smallest normal of a format; per_head = scale * sum max(1, |w|)."""
+    kept = 2.0**-profile.intermediate_exponent
+    # A sum of float16 numbers is a float16 number down to the last place; only scaled and multiplied ones lose something.
+    lost = kept * _subnormal(profile.intermediate) + dim * _subnormal(profile.accumulator.product)
+    if profile.subnormals == "kept":
+        return lost * per_head
+    smallest = max(
+        SMALLEST_NORMAL[profile.intermediate] * kept, *(SMALLEST_NORMAL[f] for f in (profile.head_sum, profile.logit))
+    )
+    return lost * per_head + (heads + 1) * smallest * (1 + per_head)
 
 
 def margin(scores: Float64, bound: Float64, selected: Array) -> float | None:
@@ -128,6 +144,11 @@ def slope_excess(slope: float, emulated: float) -> float:
     return abs(slope - float(np.clip(slope, np.minimum(0.0, emulated), np.maximum(0.0, emulated))))
 
 
+def slope_limit(scatter: Sequence[float]) -> float:
+    """Judging 4.3: how far outside it may lie, given how far each row's slope strays by chance."""
+    return SLOPE + KAPPA * math.sqrt(sum(x * x for x in scatter)) / len(scatter)
+
+
 @dataclass(frozen=True)
 class RowBound:
     """Judging 4.1 and 4.4 for one row: how far the output [Hq, value_dim] and the lse [Hq] may lie from the truth."""
@@ -147,7 +168,8 @@ class Operands:
     p: Float64
     out: Float64
     lse: Float64
-    kv_unit: float  # unit roundoff of kv_compute where it changes this row's kv, else 0
+    kv_unit: float  # what rounding to scale_compute and kv_compute does to this row's kv, 0 where they change nothing
+    q_unit: float  # the same for q
 
     @property
     def values(self) -> Float64:
@@ -158,6 +180,11 @@ class Operands:
     def dots(self) -> Float64:
         """[Hq, n]: q . k."""
         return np.asarray(self.q @ self.kv.T)
+
+    @cached_property
+    def largest(self) -> Float64:
+        """[Hq]: the largest |logit|."""
+        return np.asarray(self.softmax_scale * abs(self.dots).max(axis=1))
 
     @cached_property
     def square_dots(self) -> Float64:
@@ -177,47 +204,114 @@ def attention_bound(profile: Profile, row: Operands, dtype: str) -> RowBound:
     u_p = _rounding(profile.p)
     sizes = [magnitude(operand, profile.accumulator, dtype) for operand in (q, kv)]
     magnitudes = row.softmax_scale * (sizes[0] @ sizes[1].T).max(axis=1)
-    lam = (dot_gamma(profile.accumulator, dim, EXTRA_OPERATIONS) + row.kv_unit + _rounding(profile.logit)) * magnitudes
+    operands = row.kv_unit + row.q_unit + row.kv_unit * row.q_unit
+    lam = (dot_gamma(profile.accumulator, dim, EXTRA_OPERATIONS) + operands + _rounding(profile.logit)) * magnitudes
     total = p.sum(axis=1)
     # sum p |v - o| <= sqrt(sum p * sum p (v - o)^2), expanded so that it is one matrix product; the sink is a key of value 0.
     spread = p @ row.value_squares - 2 * out * out + total[:, None] * out * out
     spread = np.sqrt(np.maximum(spread, 0) * np.maximum(total[:, None], 0)) + (1 - total)[:, None].clip(0) * abs(out)
+    # A split's lse is at most this large where its share counts; merging multiplies by e to its error.
+    merged = _rounding(profile.lse) * (row.largest + math.log(count))
     # Beyond e^600 the bound says nothing, and must not become inf times 0.
-    theta = np.expm1(np.minimum(2 * lam, 600)) + 2 * profile.exp_ulp * 2.0**-24
+    theta = np.expm1(np.minimum(2 * lam + 2 * merged, 600)) + 2 * profile.exp_ulp * 2.0**-24
     sums = 2 * dot_gamma(profile.accumulator, count, EXTRA_OPERATIONS)
-    bound = theta[:, None] * spread + (u_p + row.kv_unit + sums) * (p @ abs(v))
+    summed = normaliser_gamma(profile, count)
+    bound = (
+        theta[:, None] * spread + (u_p + row.kv_unit + sums + _rounding(profile.partials)) * (p @ abs(v)) + summed * abs(out)
+    )
     rounding = UNIT_ROUNDOFF[dtype]
-    bound = bound * (1 + rounding) + rounding * abs(out) + HALF_SUBNORMAL[dtype]
+    bound = bound * (1 + rounding) + rounding * abs(out) + HALF_SUBNORMAL[dtype] + _subnormal(profile.partials)
     # What a float32 exponent cannot hold may become 0: a sink that outweighs every key by more than 2^126, say.
     bound = bound + SMALLEST_NORMAL["float32"] * (1 + abs(v).max(axis=0))
-    if profile.p in HALF_SUBNORMAL and profile.p != "float32":
-        bound = bound + HALF_SUBNORMAL[profile.p] * abs(v).sum(axis=0)
+    # P as it is stored is smaller than its share by what the maximum was rounded up.
+    stored = np.exp(np.minimum(_rounding(profile.maximum) * row.largest, 600))[:, None]
+    bound = bound + stored * _subnormal(profile.p) * abs(v).sum(axis=0)
     if profile.subnormals == "flushed":
-        bound = bound + SMALLEST_NORMAL[dtype] + count * SMALLEST_NORMAL["float32"] * abs(v).max(axis=0)
+        flushed = SMALLEST_NORMAL[profile.p] if profile.p in HALF_SUBNORMAL else 0.0
+        bound = bound + SMALLEST_NORMAL[dtype] + stored * flushed * abs(v).sum(axis=0)
     lse_bound = (
-        2 * lam + dot_gamma(profile.accumulator, count, EXTRA_OPERATIONS) + profile.exp_ulp * 2.0**-23 + 4 * 2.0**-24 * abs(lse)
+        2 * lam
+        + dot_gamma(profile.accumulator, count, EXTRA_OPERATIONS)
+        + profile.exp_ulp * 2.0**-23
+        + (4 * 2.0**-24 + _rounding(profile.lse)) * abs(lse)
+        + merged
+        + summed
     )
     return RowBound(bound, lse_bound + (u_p if profile.normaliser == "rounded" else 0.0))
 
 
+def leaves_exact(profile: Profile) -> bool:
+    """True where an exact case of attention is exact under the profile: P is 1, sums of ones are kept, and nothing is merged.
+
+    A maximum that is rounded or renewed late makes P other than 1; a 16-bit sum or partial output rounds what is exact.
+    """
+    kept = (profile.maximum, profile.normaliser_sum, profile.partials, profile.lse)
+    return profile.rescale_threshold == 0 and set(kept) <= WIDE
+
+
+def normaliser_gamma(profile: Profile, count: int) -> float:
+    """Relative error of a normaliser that is rounded after every TILE keys, at worst; infinite where that is no bound."""
+    return gamma(2 * math.ceil(count / TILE), _rounding(profile.normaliser_sum))
+
+
+def _normaliser_walk(profile: Profile, count: int) -> float:
+    """The same if the roundings are a random walk: half a unit of a sum that grows to its end."""
+    return _rounding(profile.normaliser_sum) / 2 * math.sqrt(math.ceil(count / TILE) / 3)
+
+
+def drift(accumulator: Accumulator, length: int) -> float:
+    """What truncation takes of a sum on average, relative to it: half a unit of the running sum at each cut.
+
+    0 below 24 bits, where the emulator truncates itself; above, it is float32.
+    """
+    if accumulator.rounding == "RN" or accumulator.bits < 24:
+        return 0.0
+    return math.ceil(length / accumulator.group) * accumulator.unit_roundoff / 2
+
+
+def slope_scatter(profile: Profile, heads: int, count: int) -> float:
+    """How far a row's slope strays by chance: a rounded normaliser scales all columns of a head by one random factor."""
+    return _normaliser_walk(profile, count) / math.sqrt(heads)
+
+
+def unit_of(before: Float64, after: Array, dtype: str) -> float:
+    """Unit roundoff of rounding to a format, where it changes something."""
+    return _rounding(dtype) if (before != after).any() else 0.0
+
+
+def scale_unit(scale: Float64, kept: Array, dtype: str) -> Float64 | float:
+    """[n]: the same for each key's scale by itself, which may lie below the smallest normal and lose more."""
+    if dtype in WIDE:
+        return 0.0
+    lost = np.divide(abs(kept - scale), scale, out=np.zeros(len(scale)), where=scale > 0)
+    return np.where(lost > 0, np.maximum(lost, _rounding(dtype)), 0.0)
+
+
 def _rounding(dtype: str) -> float:
-    return UNIT_ROUNDOFF[dtype] if dtype != "float32" else 0.0
+    """Unit roundoff of a format that rounds float32 values, else 0."""
+    return 0.0 if dtype in WIDE else UNIT_ROUNDOFF[dtype]
+
+
+def _subnormal(dtype: str) -> float:
+    """Half the smallest subnormal of a format that rounds float32 values, else 0."""
+    return 0.0 if dtype in WIDE else HALF_SUBNORMAL[dtype]
 
 
 def _logit_walk(profile: Profile, row: Operands) -> Float64:
     """[Hq, n], tau^2 of judging 4.2: what rounding leaves in a logit if it is a random walk, squared.
 
-    A step rounds the running sum, which wanders by the products and drifts to the dot product.
+    A step rounds the running sum, which wanders by the products and drifts to the dot product; truncation leans as well.
     """
-    unit = profile.accumulator.unit_roundoff
-    steps = row.square_dots + row.dots**2 / 3
-    return np.asarray(unit * unit * row.kv.shape[1] * row.softmax_scale**2 * steps)
+    unit, dim = profile.accumulator.unit_roundoff, row.kv.shape[1]
+    steps = unit * unit * dim * (row.square_dots + row.dots**2 / 3)
+    return np.asarray(row.softmax_scale**2 * (steps + (drift(profile.accumulator, dim) * row.dots) ** 2))
 
 
 def error_floor(profile: Profile, row: Operands, dtype: str) -> Float64:
     """[Hq], judging 4.2: the error per head below which no backend is accused, however lucky the emulator was.
 
-    Half an output rounding or eight additions of the whole; what random roundings of the logits leave,
+    Half an output rounding (of a split's output too), eight additions of the whole, or what truncation or a rounded normaliser
+    takes of it; what random roundings of the logits leave,
     sqrt(sum (p_j tau_j |v_j - o|)^2), which rules where few keys share the softmax; half a rounding of every probability; one
     rounding of lse (the keys' own), which exp(x - lse) and merging splits by lse cost.
     """
@@ -226,7 +320,10 @@ def error_floor(profile: Profile, row: Operands, dtype: str) -> Float64:
     squared = row.p * row.p
     logits = np.sqrt((squared * _logit_walk(profile, row) * np.maximum(distance, 0)).sum(axis=1))
     probabilities = _rounding(profile.p) / 2 * np.sqrt(squared @ row.value_squares.sum(axis=1))
-    relative = np.maximum(max(UNIT_ROUNDOFF[dtype] / 2, 8 * profile.accumulator.unit_roundoff), 2.0**-24 * abs(row.lse))
+    count = len(v)
+    share = max(UNIT_ROUNDOFF[dtype], _rounding(profile.partials)) / 2
+    sums = max(8 * profile.accumulator.unit_roundoff, drift(profile.accumulator, count), _normaliser_walk(profile, count))
+    relative = np.maximum(max(share, sums), max(2.0**-24, _rounding(profile.lse)) * abs(row.lse))
     whole = relative * np.linalg.norm(out, axis=1)
     # Outputs that a sink has pressed to the end of float32's range keep no relative accuracy, as in (B).
     tiny = SMALLEST_NORMAL["float32"] * np.sqrt(v.shape[1]) * (1 + abs(v).max())
@@ -241,5 +338,6 @@ def lse_floor(profile: Profile, row: Operands) -> Float64:
     scaled = row.softmax_scale**2 * row.square_dots
     p = np.exp(row.softmax_scale * row.dots - row.lse[:, None])
     u_p = _rounding(profile.p) if profile.normaliser == "rounded" else 0.0
-    walk = _logit_walk(profile, row) + row.kv_unit**2 * scaled + u_p**2
-    return np.asarray(np.sqrt((p * p * walk).sum(axis=1)) + 2.0**-24 * (profile.exp_ulp + 2 * abs(row.lse)))
+    walk = _logit_walk(profile, row) + (row.kv_unit**2 + row.q_unit**2) * scaled + u_p**2
+    kept = 2.0**-24 * (profile.exp_ulp + 2 * abs(row.lse)) + _rounding(profile.lse) * abs(row.lse)
+    return np.asarray(np.sqrt((p * p * walk).sum(axis=1)) + kept + _normaliser_walk(profile, len(row.kv)))

@@ -11,8 +11,9 @@ import numpy as np
 from dsa_portable.conformance.cases.call import Call, Outputs
 from dsa_portable.conformance.cases.catalogue import Case
 from dsa_portable.conformance.judging import bounds, emulator, oracle
+from dsa_portable.conformance.judging.accumulator import rounded
 from dsa_portable.conformance.judging.rules import Verdict
-from dsa_portable.profile import Profile
+from dsa_portable.profile import WIDE, Profile
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Float64: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
@@ -79,7 +80,7 @@ class IndexReference:
             dim=dim,
             dots_exact=self.call.arrays["q"].dtype == np.int8 and self.profile.accumulator.bits >= 24,
             exact=self.exact,
-            flushed=self._flushed(row, start, len(scores)),
+            **self._roundings(row, start, len(scores)),
         )
         own = emulated.astype(np.float64)
         best, exchanged = np.empty(0, np.int64), 0
@@ -88,11 +89,22 @@ class IndexReference:
             exchanged = exchanged_keys(scores, best, np.argsort(-own, kind="stable")[: self.topk])
         return IndexFacts(start, scores.copy(), bound, own, best, exchanged)
 
-    def _flushed(self, row: int, start: int, count: int) -> Float64 | float:
-        if self.profile.subnormals == "kept":
-            return 0.0
-        _, scale = oracle.index_keys(self.call, self.requests[row], np.arange(start, start + count))
-        return np.asarray(scale * np.maximum(1, abs(self.call.arrays["weights"][row].astype(np.float64))).sum())
+    def _roundings(self, row: int, start: int, count: int) -> dict[str, Any]:
+        """What rounding does to this row's operands and scales; where the profile has none, keys are not read anew."""
+        call, profile = self.call, self.profile
+        formats = {profile.qk_compute, profile.scale_compute, profile.intermediate, profile.accumulator.product}
+        if formats <= WIDE and profile.subnormals == "kept":
+            return {}
+        q, weights = (call.arrays[name][row].astype(np.float64) for name in ("q", "weights"))
+        codes, scale = oracle.index_keys(call, self.requests[row], np.arange(start, start + count))
+        kept = emulator.held(scale, profile.scale_compute, profile)
+        operands = [q] if profile.qk_compute in WIDE else [q, codes * kept[:, None]]
+        units = [bounds.unit_of(x, rounded(x, profile.qk_compute), profile.qk_compute) for x in operands]
+        return {
+            "operand_unit": float(np.prod([1 + unit for unit in units])) - 1,
+            "scale_unit": bounds.scale_unit(scale, kept, profile.scale_compute),
+            "lost": bounds.index_lost(profile, len(q), q.shape[1], scale * np.maximum(1, abs(weights)).sum()),
+        }
 
     def _outside_range(self) -> str:
         if self.profile.finite_max > 1e30:

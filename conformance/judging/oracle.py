@@ -81,8 +81,13 @@ def index_sums(call: Call, sums: Sums) -> Iterator[tuple[slice, int, list[Float6
         yield block, low, [np.concatenate(parts, axis=1) for parts in zip(*tiles, strict=True)]
 
 
-def attention_row(call: Call, row: int, request: int) -> tuple[Float64, Int64]:
-    """(kv [n, Dqk], positions [n]) that count in this row, in order, repeated ones as often as they stand there."""
+def attention_row(
+    call: Call, row: int, request: int, kept: Callable[[Float64], Any] = lambda scale: scale
+) -> tuple[Float64, Int64]:
+    """(kv [n, Dqk], positions [n]) that count in this row, in order, repeated ones as often as they stand there.
+
+    `kept`: what a packed cache's scales become before they are multiplied, for who is not after the truth.
+    """
     entries = call.arrays["indices"][row].astype(np.int64)
     if "topk_length" in call.arrays:
         entries = entries[: max(0, int(call.arrays["topk_length"][row]))]
@@ -92,7 +97,7 @@ def attention_row(call: Call, row: int, request: int) -> tuple[Float64, Int64]:
         return kv.reshape(-1, kv.shape[-1])[where].astype(np.float64), positions
     parts = (np.asarray(part) for part in unpack(name, kv))
     values, scale, rope = (part.reshape(-1, part.shape[-1])[where].astype(np.float64) for part in parts)
-    return np.concatenate([values * np.repeat(scale, layout(name).tile, axis=1), rope], axis=1), positions
+    return np.concatenate([values * np.repeat(kept(scale), layout(name).tile, axis=1), rope], axis=1), positions
 
 
 def attention(

@@ -13,7 +13,7 @@ from dsa_portable.conformance.report import claims, environment, schema
 from dsa_portable.conformance.report.evidence import evidence_of
 from dsa_portable.conformance.report.rows import row_of
 from dsa_portable.conformance.report.schema import BackendRef, CaseResult, DeviceRef, ListRef, ProfileEntry, Report, Run
-from dsa_portable.profile import envelope
+from dsa_portable.profile import differences, envelope
 
 
 def report_of(
@@ -71,6 +71,7 @@ def _profiles(subject: Subject, frozen: lists.FrozenList) -> list[ProfileEntry]:
             phase=key[2],
             envelope=envelope(key[0], subject.profiles[key]),
             profile=asdict(subject.profiles[key]),
+            words=differences(key[0], subject.profiles[key]),
             sources=dict(subject.sources.get(key, {})),
         )
         for key in keys

@@ -21,7 +21,7 @@ from dsa_portable.conformance.report.schema import (
 )
 from dsa_portable.contract import Capabilities, Feature
 from dsa_portable.operators import FEATURES
-from dsa_portable.profile import ENVELOPES
+from dsa_portable.profile import ENVELOPE_NAMES
 
 
 def features_of(case: Case, call: Call) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def _obstacle(
     if frozen.family not in lists.GRANTING:
         return f"the list {frozen.name} grants no level"
     if profile.envelope is None:
-        return f"the declared profile lies in no envelope ({', '.join(ENVELOPES)})"
+        return f"the declared profile lies in no envelope ({', '.join(ENVELOPE_NAMES)})"
     if evidence is not Evidence.HARDWARE:
         return f"evidence is {evidence}"
     if frozen.family == "deterministic" and not (profile.profile["deterministic"] and profile.profile["ties"] == "lowest"):

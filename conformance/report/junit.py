@@ -76,6 +76,7 @@ def _properties(report: Report, key: _Key) -> Iterator[tuple[str, str]]:
     for entry in report.profiles:
         if (entry.operator, entry.format, entry.phase) == key:
             yield "profile", json.dumps(entry.profile, ensure_ascii=False)
+            yield "profile.words", entry.words
     if report.emulates is not None:
         yield "emulates", report.emulates
     for name in ("list", "backend", "device", "environment", "run"):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 
 from dsa_portable.conformance.report.schema import FAILING, NOTES, CaseResult, Report, Status
-from dsa_portable.conformance.report.text import grouped, one_line, rows_shown
+from dsa_portable.conformance.report.text import grouped, one_line, outside, rows_shown
 
 # Summary pages are cut at a fixed size; report.json holds every failure.
 _FAILURES_SHOWN = 50
@@ -20,6 +19,7 @@ def summary(report: Report) -> str:
     emulated = f", emulating {_text(report.emulates)}" if report.emulates else ""
     parts = [
         f"# {report.evidence}: backend {_text(report.backend.resolved)}{chip}{emulated}",
+        _text(outside(report)),
         f"**{_text(report.verdict)}**",
         f"Evidence: {_text(report.evidence_reason)}",
         *_claimed(report),
@@ -32,7 +32,7 @@ def summary(report: Report) -> str:
         _table(("What", "Value"), [*_environment(report)]),
         "</details>",
         "<details><summary>Declared numerics</summary>",
-        _table(("Operator", "Format", "Phase", "Envelope", "Profile", "Assumed"), [*_profiles(report)]),
+        _table(("Operator", "Format", "Phase", "Envelope", "Declared", "Assumed"), [*_profiles(report)]),
         "</details>",
         f"**{_text(report.verdict)}** (exit code {report.exit_code})",
     ]
@@ -101,9 +101,8 @@ def _environment(report: Report) -> Iterator[tuple[str, str]]:
 
 def _profiles(report: Report) -> Iterator[tuple[str, ...]]:
     for entry in report.profiles:
-        profile = json.dumps(entry.profile, ensure_ascii=False)
         assumed = ", ".join(name for name, source in entry.sources.items() if source == "assumed")
-        yield entry.operator, entry.format, entry.phase, entry.envelope or "none", profile, assumed or "nothing"
+        yield entry.operator, entry.format, entry.phase, entry.envelope or "none", entry.words, assumed or "nothing"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

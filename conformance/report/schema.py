@@ -251,6 +251,7 @@ class ProfileEntry(_Model):
     phase: Named
     envelope: Named | None
     profile: Declared
+    words: Text = Field(default="", description="In words, where the profile differs from float32 throughout")
     sources: Texts = Field(default={}, description="Who says so of a field: a document, or `assumed`; empty: the backend")
 
 

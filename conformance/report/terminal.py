@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 
 from dsa_portable.conformance.report.schema import FAILING, CaseResult, Report, Status
-from dsa_portable.conformance.report.text import grouped, one_line, rows_shown
+from dsa_portable.conformance.report.text import grouped, one_line, outside, rows_shown
 
 WIDTH = 100
 _RED, _GREEN, _YELLOW, _PLAIN = "\x1b[31m", "\x1b[32m", "\x1b[33m", "\x1b[0m"
@@ -14,7 +14,7 @@ _COLUMNS = ("operator", "format", "phase", "envelope", "level")
 
 
 def header(run: Report) -> str:
-    """The lines above the progress: the first names backend, list and evidence class, the rest say what stands behind them."""
+    """The lines above the progress: backend, list and evidence class, `outside`, then what stands behind them."""
     backend, tests, device = run.backend, run.list, run.device
     chip = "none found"
     if device is not None:
@@ -28,7 +28,8 @@ def header(run: Report) -> str:
     ]
     asked = one_line(backend.requested) or "nothing"
     first = f"conformance of backend {backend.resolved} (asked for: {asked}), list {tests.name}, evidence {run.evidence}"
-    return "\n".join([one_line(first), *(_field(name, text, 10) for name, text in rows)])
+    lines = [one_line(first), outside(run), *(_field(name, text, 10) for name, text in rows)]
+    return "\n".join(line for line in lines if line)
 
 
 def progress(case: CaseResult, done: int, of: int, elapsed: float) -> str:
@@ -48,9 +49,9 @@ def _clock(seconds: float) -> str:
 def table(report: Report, *, tty: bool = False) -> str:
     """The finished run: verdict, claims, counts, every failed case with its reproducer, verdict. Colours only for a `tty`."""
     verdict = _verdict(report, tty)
-    parts = [verdict, _claims(report), _counts(report)]
+    parts = [outside(report), verdict, _claims(report), _counts(report)]
     parts += [_failure(case, tty) for case in report.cases if case.status in FAILING]
-    return "\n\n".join([*parts, f"exit code {report.exit_code}\n{verdict}"])
+    return "\n\n".join([*filter(None, parts), f"exit code {report.exit_code}\n{verdict}"])
 
 
 def _verdict(report: Report, tty: bool) -> str:
@@ -63,10 +64,13 @@ def _claims(report: Report) -> str:
     rows = [(*claim.key, claim.envelope or "none", claim.level or "-") for claim in report.claims]
     widths = [max(len(row[i]) for row in [_COLUMNS, *rows]) for i in range(len(_COLUMNS))]
     lines = [_row(_COLUMNS, widths), _row(["-" * width for width in widths], widths)]
+    words = {(entry.operator, entry.format, entry.phase): entry.words for entry in report.profiles}
     for claim, row in zip(report.claims, rows, strict=True):
         counts = ", ".join(f"{status} {count}" for status, count in claim.counts.items() if count) or "no cases"
         why = f"; no level: {one_line(claim.reason)}" if claim.level is None else ""
         lines += [_row(row, widths), _wrapped(f"{counts}{why}", 4)]
+        if said := words.get(claim.key):
+            lines.append(_wrapped(f"declared: {said}", 4))
     return "\n".join(lines if rows else ["no claim was made"])
 
 

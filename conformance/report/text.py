@@ -18,6 +18,15 @@ def grouped(cases: Iterable[CaseResult], status: Status) -> list[tuple[str, int]
     return Counter(one_line(case.reason) for case in cases if case.status is status).most_common()
 
 
+def outside(report: Report) -> str:
+    """What a backend outside every envelope reads first; empty where each of its profiles lies in one."""
+    named = [f"{entry.operator} {entry.format} {entry.phase}" for entry in report.profiles if entry.envelope is None]
+    if not named:
+        return ""
+    which = "" if len(named) == len(report.profiles) else f" of {', '.join(named)}"
+    return f"no envelope: rows{which} inform, no level"
+
+
 def rows_shown(report: Report) -> str:
     """How many index rows of the executed cases test selection, and how many cannot; empty where none was executed."""
     rows = [(case.selective_rows or 0, case.vacuous_rows or 0) for case in report.cases if case.status in EXECUTED]
