@@ -26,10 +26,10 @@ from dsa_portable.profile import Profile
 Reference: TypeAlias = IndexReference | AttendReference
 
 
-def reference_of(case: Case, call: Call, profile: Profile, shared: dict[Any, AttendFacts] | None = None) -> Reference:
+def reference_of(case: Case, call: Call, profile: Profile, shared: dict[Any, Any] | None = None) -> Reference:
     """What this call's outputs are judged against; worth keeping where many outputs of one call are judged."""
     if call.operator == "lightning_index":
-        return IndexReference(case, call, profile)
+        return IndexReference(case, call, profile, shared)
     return AttendReference(case, call, profile, shared)
 
 

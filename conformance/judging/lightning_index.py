@@ -34,8 +34,9 @@ class IndexFacts:
 class IndexReference:
     """Everything about a call that does not depend on what a backend returned; made once, it judges any number of results."""
 
-    def __init__(self, case: Case, call: Call, profile: Profile) -> None:
+    def __init__(self, case: Case, call: Call, profile: Profile, shared: dict[Any, Any] | None = None) -> None:
         self.call, self.profile, self.exact = call, profile, case.exact
+        self.shared = {} if shared is None else shared  # sums over heads, where a call is judged by several profiles
         self.topk: int = call.options["topk"]
         spans = list(oracle.rows(call))
         self.spans = {row: (start, end) for row, _, start, end in spans}
@@ -50,7 +51,10 @@ class IndexReference:
 
     def _rows(self) -> Iterator[tuple[int, IndexFacts]]:
         emulated = emulator.index_scores(self.call, self.profile)
-        for block, low, (scores, weighted, products) in oracle.index_sums(self.call, self._sums):
+        aligned = self.profile.accumulator.group > 1
+        if aligned not in self.shared:
+            self.shared[aligned] = list(oracle.index_sums(self.call, self._sums))
+        for block, low, (scores, weighted, products) in self.shared[aligned]:
             for i, row in enumerate(range(block.start, block.stop)):
                 start, end = self.spans[row]
                 seen = slice(start - low, end - low)

@@ -109,7 +109,7 @@ class AttendJudge:
             # Rows weigh alike: by energy, a few rows of few keys would outweigh all the long ones.
             slopes, emulated, scatter = zip(*self.slopes, strict=True)
             bias, own, allowed = float(np.mean(slopes)), float(np.mean(emulated)), bounds.slope_limit(scatter)
-            self.verdict.metrics |= {"slope": bias, "slope_emulated": own}
+            self.verdict.metrics |= {"slope": bias, "slope_emulated": own, "slope_limit": allowed}
             if not bounds.slope_excess(bias, own) < allowed:
                 self.verdict.fail(
                     "bias",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from types import MappingProxyType
 
@@ -117,8 +118,8 @@ def run(
     if unknown := [code for code in codes if code not in FAULTS]:
         raise SelftestError(f"fault {unknown[0]!r} is not planted, but {', '.join(FAULTS)} are; name one of them.")
     matrix.kills, matrix.idle = {code: {} for code in codes}, {*codes}
-    os.environ.update(ONE_THREAD)  # read by the BLAS of each process that is started below
-    with ProcessPoolExecutor(jobs or cores()) as pool:
+    os.environ.update(ONE_THREAD)  # read by the BLAS of each process that is spawned below
+    with ProcessPoolExecutor(jobs or cores(), mp_context=get_context("spawn")) as pool:
         for dear in (False, True):
             chosen = [name for name in matrix.names if INPUTS[name].dear is dear]
             left = {name: [c for c in _of(name, codes) if not (dear and matrix.kills[c])] for name in chosen}
