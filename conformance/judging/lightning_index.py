@@ -1,4 +1,8 @@
-"""Judging lightning_index: structure of every row, certificate of selective rows, population over the case, returned scores."""
+"""Judging lightning_index and its parts: structure of every row, certificate of selective rows, population, scores.
+
+The parts are judged by the same rules: index_select by scores that are given, so that nothing rounds, index_scores by every
+score that a row sees.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +39,8 @@ class IndexReference:
 
     def __init__(self, case: Case, call: Call, profile: Profile) -> None:
         self.call, self.profile, self.exact = call, profile, case.exact
-        self.topk: int = call.options["topk"]
+        self.selects = "topk" in call.options
+        self.topk: int = call.options.get("topk", 0)
         spans = list(oracle.rows(call))
         self.spans = {row: (start, end) for row, _, start, end in spans}
         self.requests = {row: request for row, request, _, _ in spans}
@@ -43,11 +48,14 @@ class IndexReference:
         self.spoilt = 0  # rows that see a NaN or infinity: well-formed or not, and no more is asked of them
         self.rows = {} if self.outside_range else dict(self._rows())
 
-    def selective(self) -> int:
-        """Rows that see more than topk keys."""
-        return sum(end - start > self.topk for start, end in self.spans.values())
+    def selective(self) -> int | None:
+        """Rows that see more than topk keys; None where nothing is selected."""
+        return sum(end - start > self.topk for start, end in self.spans.values()) if self.selects else None
 
     def _rows(self) -> Iterator[tuple[int, IndexFacts]]:
+        if "scores" in self.call.arrays:
+            yield from self._given()
+            return
         emulated = emulator.index_scores(self.call, self.profile)
         for block, low, (scores, weighted, magnitude) in oracle.index_sums(self.call, _sums):
             for i, row in enumerate(range(block.start, block.stop)):
@@ -56,15 +64,25 @@ class IndexReference:
                 if start == end:
                     continue
                 if np.isfinite(scores[i, seen]).all():
-                    found = self._row(row, scores[i, seen], weighted[i, seen], magnitude[i, seen], emulated[row])
-                    yield row, found
+                    bound = self._bound(row, scores[i, seen], weighted[i, seen], magnitude[i, seen])
+                    yield row, self._facts(row, scores[i, seen], bound, emulated[row])
                 else:
                     self.spoilt += 1
 
-    def _row(self, row: int, scores: Float64, weighted: Float64, magnitude: Float64, emulated: Array) -> IndexFacts:
+    def _given(self) -> Iterator[tuple[int, IndexFacts]]:
+        """Scores that are inputs: all that can be lost of one is what the profile does not compare."""
+        for row, (start, end) in self.spans.items():
+            scores = self.call.arrays["scores"][row, start:end].astype(np.float64)
+            if np.isfinite(scores).all():
+                bound = bounds.score_bound(self.profile, scores, scores, scores, heads=0, dim=0, dots_exact=True, exact=True)
+                if len(scores):
+                    yield row, self._facts(row, scores, bound, emulator.rounded(scores, self.profile.logit))
+            else:
+                self.spoilt += 1
+
+    def _bound(self, row: int, scores: Float64, weighted: Float64, magnitude: Float64) -> Float64:
         _, heads, dim = self.call.arrays["q"].shape
-        start = self.spans[row][0]
-        bound = bounds.score_bound(
+        return bounds.score_bound(
             self.profile,
             scores,
             weighted,
@@ -73,14 +91,16 @@ class IndexReference:
             dim=dim,
             dots_exact=self.call.arrays["q"].dtype == np.int8 and self.profile.accumulator.bits >= 24,
             exact=self.exact,
-            flushed=self._flushed(row, start, len(scores)),
+            flushed=self._flushed(row, self.spans[row][0], len(scores)),
         )
+
+    def _facts(self, row: int, scores: Float64, bound: Float64, emulated: Array) -> IndexFacts:
         own = emulated.astype(np.float64)
         best, exchanged = np.empty(0, np.int64), 0
-        if len(scores) > self.topk:
+        if self.selects and len(scores) > self.topk:
             best = np.argsort(-scores, kind="stable")[: self.topk]
             exchanged = exchanged_keys(scores, best, np.argsort(-own, kind="stable")[: self.topk])
-        return IndexFacts(start, scores.copy(), bound, own, best, exchanged)
+        return IndexFacts(self.spans[row][0], scores.copy(), bound, own, best, exchanged)
 
     def _flushed(self, row: int, start: int, count: int) -> Float64 | float:
         if self.profile.subnormals == "kept":
@@ -89,7 +109,7 @@ class IndexReference:
         return np.asarray(scale * np.maximum(1, abs(self.call.arrays["weights"][row].astype(np.float64))).sum())
 
     def _outside_range(self) -> str:
-        if self.profile.finite_max > 1e30:
+        if self.profile.finite_max > 1e30 or "q" not in self.call.arrays:
             return ""
         largest = 0.0
         for row, request, start, end in oracle.rows(self.call):
@@ -110,11 +130,11 @@ def exchanged_keys(scores: Float64, best: Array, chosen: Array) -> int:
 
 
 class IndexJudge:
-    """One call's outputs against its reference."""
+    """One call's outputs against its reference: of lightning_index, or of index_select."""
 
     def __init__(self, reference: IndexReference, outputs: Outputs, verdict: Verdict) -> None:
         self.reference, self.verdict = reference, verdict
-        self.indices, self.scores = outputs["indices"], outputs.get("scores")
+        self.outputs, self.scores = outputs, outputs.get("scores")
         self.exchanged = self.exchanged_emulated = 0
         self.square_error = self.square_error_emulated = self.square_score = 0.0
         self.compared, self.recall = 0, 1.0
@@ -123,8 +143,9 @@ class IndexJudge:
         """Judge all rows, structure first: a row that is malformed is not compared."""
         reference, verdict = self.reference, self.verdict
         verdict.selective_rows = reference.selective()
-        verdict.vacuous_rows = len(reference.spans) - verdict.selective_rows
-        wellformed = [self._structure(row) for row in range(len(self.indices))]
+        if verdict.selective_rows is not None:
+            verdict.vacuous_rows = len(reference.spans) - verdict.selective_rows
+        wellformed = [self._structure(row) for row in range(reference.call.request.dims["Tq"])]
         if reference.outside_range:
             verdict.status, verdict.rule, verdict.reason = "UNSUPPORTED", None, reference.outside_range
             return
@@ -135,13 +156,16 @@ class IndexJudge:
                 self._row(row, facts)
         self._population()
 
-    def _structure(self, row: int) -> bool:
-        topk = self.reference.topk
+    def _seen(self, row: int) -> tuple[int, int, str]:
+        """(start, end, which row that is in words)."""
         start, end = self.reference.spans.get(row, (0, 0))
-        kept = min(topk, end - start)
-        chosen, tail = self.indices[row, :kept], self.indices[row, kept:]
         kind = "padding row" if row not in self.reference.spans else f"row sees positions [{start}, {end})"
-        place = f"row {row} ({kind}): "
+        return start, end, f"row {row} ({kind}): "
+
+    def _structure(self, row: int) -> bool:
+        start, end, place = self._seen(row)
+        kept, indices = min(self.reference.topk, end - start), self.outputs["indices"][row]
+        chosen, tail = indices[:kept], indices[kept:]
         wrong = np.flatnonzero((chosen < start) | (chosen >= end))
         if len(wrong):
             self.verdict.fail("visible", f"{place}entry {wrong[0]} is {chosen[wrong[0]]}, expected {kept} visible positions")
@@ -161,11 +185,11 @@ class IndexJudge:
 
     def _row(self, row: int, facts: IndexFacts) -> None:
         topk = self.reference.topk
-        chosen = self.indices[row, : min(topk, len(facts.scores))].astype(np.int64) - facts.start
+        chosen = self.outputs["indices"][row, : min(topk, len(facts.scores))].astype(np.int64) - facts.start
         if len(facts.scores) > topk:
             self._certificate(row, facts, chosen)
         if self.scores is not None:
-            self._returned(row, facts, chosen)
+            self._returned(row, facts, chosen, self.scores[row, : len(chosen)])
 
     def _certificate(self, row: int, facts: IndexFacts, chosen: Array) -> None:
         scores, topk = facts.scores, self.reference.topk
@@ -210,10 +234,8 @@ class IndexJudge:
                 true_scores=facts.scores,
             )
 
-    def _returned(self, row: int, facts: IndexFacts, chosen: Array) -> None:
-        assert self.scores is not None
-        scores = facts.scores[chosen]
-        got = self.scores[row, : len(chosen)].astype(np.float64)
+    def _returned(self, row: int, facts: IndexFacts, chosen: Array, returned: Array) -> None:
+        scores, got = facts.scores[chosen], returned.astype(np.float64)
         error, allowed = abs(got - scores), facts.bound[chosen]
         # A NaN must count as an error: nothing compares greater than it.
         bad = ~(error <= allowed)
@@ -259,6 +281,24 @@ class IndexJudge:
                     f"RMS error of returned scores is {error:.4g}, where the emulator has {own:.4g} and {allowed:.4g} is "
                     "allowed",
                 )
+
+
+class ScoresJudge(IndexJudge):
+    """The same of index_scores: -inf where the row does not see, and every score where it does."""
+
+    def _structure(self, row: int) -> bool:
+        start, end, place = self._seen(row)
+        scores = self.outputs["scores"][row]
+        wrong = scores != -np.inf
+        wrong[start:end] = False
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            self.verdict.fail("tail", f"{place}the score of position {at} is {scores[at]:.9g}, expected -inf")
+        return not wrong.any()
+
+    def _row(self, row: int, facts: IndexFacts) -> None:
+        every = np.arange(len(facts.scores))
+        self._returned(row, facts, every, self.outputs["scores"][row, facts.start : facts.start + len(every)])
 
 
 def _sums(q: Float64, k: Float64, weights: Float64) -> list[Float64]:
