@@ -193,19 +193,23 @@ def test_what_a_row_does_not_see_is_nan_and_infinite(case: SelectCase) -> None:
 
 # --- claims ---
 
-LOGITS = "operators={'index_scores': CPU.operators['index_scores']}, capabilities=lambda device: {'index_scores': SCORES}"
-SOURCE = "SCORES = {**CPU.capabilities(None)['index_scores'], 'heads': (32,), 'page_size': (64,)}\nSCORES.pop('k_layout')"
+# One head count and one page size, without any optional feature: enough for every claim.
+VENDORS = {
+    "index_scores": {"heads": (32,), "head_dim": (128,), "flat": (True,), "page_size": (64,), "ragged": (True,)},
+    "index_select": {"topk": (2048,), "ragged": (True,)},
+}
 
 
-def test_a_backend_that_only_scores_has_its_claims_and_no_level(tmp_path: Path) -> None:
-    """And one head count with one page size is enough for them."""
-    plugins.module(tmp_path, "logits", LOGITS, SOURCE)
-    _, report = plugins.conformance(tmp_path, "out", list="parts", DSA_BACKEND="logits")
+@pytest.mark.parametrize(("operator", "granted"), [("index_scores", 6), ("index_select", 2)])
+def test_a_backend_of_one_part_has_its_claims_and_no_level(tmp_path: Path, operator: str, granted: int) -> None:
+    source = f"OFFERED = {VENDORS[operator]} | {{'format': CPU.capabilities(None)['{operator}']['format']}}"
+    changes = f"operators={{{operator!r}: CPU.operators[{operator!r}]}}, capabilities=lambda device: {{{operator!r}: OFFERED}}"
+    plugins.module(tmp_path, "vendor", changes, source)
+    _, report = plugins.conformance(tmp_path, "out", list="parts", DSA_BACKEND="vendor")
     name = lists.load("parts").name
-    assert {(c.operator, c.level) for c in report.claims} == {("index_scores", f"{name} exact")}, report.claims
-    assert len(report.claims) == 2 * 3
+    assert [(c.operator, c.level, c.reason) for c in report.claims] == [(operator, f"{name} exact", "")] * granted
     assert (report.level, report.exit_code) == (None, 0)
-    assert {row.status for row in report.cases if row.operator == "index_select"} == {Status.UNSUPPORTED}
+    assert {row.status for row in report.cases if row.operator != operator} == {Status.UNSUPPORTED}
 
 
 def granted(operator: str) -> Claim:

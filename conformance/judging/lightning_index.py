@@ -73,12 +73,11 @@ class IndexReference:
         """Scores that are inputs: all that can be lost of one is what the profile does not compare."""
         for row, (start, end) in self.spans.items():
             scores = self.call.arrays["scores"][row, start:end].astype(np.float64)
-            if np.isfinite(scores).all():
-                bound = bounds.score_bound(self.profile, scores, scores, scores, heads=0, dim=0, dots_exact=True, exact=True)
-                if len(scores):
-                    yield row, self._facts(row, scores, bound, emulator.rounded(scores, self.profile.logit))
-            else:
+            if not np.isfinite(scores).all():
                 self.spoilt += 1
+            elif start < end:
+                bound = bounds.score_bound(self.profile, scores, scores, scores, heads=0, dim=0, dots_exact=True, exact=True)
+                yield row, self._facts(row, scores, bound, emulator.rounded(scores, self.profile.logit))
 
     def _bound(self, row: int, scores: Float64, weighted: Float64, magnitude: Float64) -> Float64:
         _, heads, dim = self.call.arrays["q"].shape
