@@ -26,7 +26,7 @@ from dsa_portable.errors import (  # noqa: E402
     UnknownBackend,
     Unsupported,
 )
-from dsa_portable.operators import lightning_index, merge, sparse_attend  # noqa: E402
+from dsa_portable.operators import index_scores, index_select, lightning_index, merge, sparse_attend  # noqa: E402
 from dsa_portable.registry import list_backends, use_backend  # noqa: E402
 
 __version__ = "0.1.0"
@@ -41,6 +41,8 @@ __all__ = [
     "InvalidArgument",
     "UnknownBackend",
     "Unsupported",
+    "index_scores",
+    "index_select",
     "lightning_index",
     "list_backends",
     "merge",

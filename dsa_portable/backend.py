@@ -30,8 +30,8 @@ class Device:
 
 @dataclass(frozen=True)
 class Backend:
-    """One declaration. `operators` are "module:function" strings, so that declaring imports no SDK; each function takes an
-    IndexRequest or AttendRequest (dsa_portable.operators) and returns its results as arrays, a tuple where there are two.
+    """One declaration. `operators` are "module:function" strings, so that declaring imports no SDK; each function takes its
+    operator's request (dsa_portable.operators) and returns its results as arrays, a tuple where there are two.
 
     probe() imports the SDK (ImportError: it is missing) and returns the Device, or raises DeviceUnavailable.
     capabilities(device) and profile(device, operator, format, phase) take None where no device is known yet.

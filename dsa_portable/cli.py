@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         "--list",
         default="core",
         metavar="NAME",
-        help="the list to run: core-2026.11 or another release, or a family (smoke, core, deterministic, full) for its newest",
+        help="the list to run: core-2026.11 or another release, or a family (smoke, core, deterministic, full, parts)",
     )
     run.add_argument("--level", help=argparse.SUPPRESS)  # the name that --list had; it goes in 0.2.0
     run.add_argument("--out", type=Path, help="report directory (default dsa-report, with --case dsa-report-case)")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 import numpy as np
 
 from dsa_portable.arrays import Array, as_int, describe, device_of, dtype_name, host_as_kind, is_array, on_host
-from dsa_portable.batch import Batch, batch_as_kind
+from dsa_portable.batch import MAX_PLACES, Batch, batch_as_kind
 from dsa_portable.errors import InvalidArgument, Unsupported
 from dsa_portable.formats import check_cache, layout
 
@@ -26,7 +26,7 @@ SCALED = ("float8_e4m3fn", "int8")
 RESERVED = ("float8_e4m3fnuz", "hifloat8", "mxfp4", "float4_e2m1fn", "float4_e2m1fn_x2")
 SMALLEST_SCALE, LARGEST_SCALE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 # Every other named dimension is at least 1.
-MAY_BE_EMPTY = ("Tq", "Tk", "num_pages")
+MAY_BE_EMPTY = ("Tq", "Tk", "num_pages", "S")
 SHORT = {"float8_e4m3fn": "e4m3", "int8": "int8", "bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 
@@ -123,7 +123,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Signature:
-    """One operator: formula, arrays in, options, arrays out, each in the order in which it is checked and shown."""
+    """One operator: formula, arrays in, options, arrays out, each in the order in which it is checked and shown.
+
+    `part_of`: the operator that this one is a part of, whose caches it takes; parts alone never earn a level.
+    """
 
     name: str
     formula: str
@@ -131,6 +134,7 @@ class Signature:
     options: tuple[Option, ...]
     results: tuple[Result, ...]
     features: tuple[Feature, ...] = ()  # what a call can ask for; what lies in the data, where nobody can refuse it, is last
+    part_of: str = ""
 
     def argument(self, name: str) -> Argument:
         """The array argument of this name."""
@@ -181,9 +185,9 @@ class Request:
     operator: ClassVar[str]
     formula: ClassVar[str]
     returns: ClassVar[tuple[Result, ...]]
+    part_of: ClassVar[str] = ""
 
     if TYPE_CHECKING:  # Every operator declares them itself, so that its fields stand in its own order.
-        q: Array
         batch: Batch
         out: tuple[Array, ...] | None
         dims: Mapping[str, int]
@@ -198,7 +202,13 @@ class Request:
         options = tuple(d for d in declared if isinstance(d, Option))
         brought = [feature for d in declared for feature in d.features]
         features = tuple(sorted(brought, key=lambda feature: not feature.in_call))
-        return Signature(cls.operator, cls.formula, arguments, (*options, INDEX_SPACE, BACKEND), cls.returns, features)
+        options = (*options, INDEX_SPACE, BACKEND)
+        return Signature(cls.operator, cls.formula, arguments, options, cls.returns, features, cls.part_of)
+
+    @property
+    def first(self) -> Array:
+        """The first argument, whose kind and device are the results' too."""
+        return getattr(self, self.signature().arguments[0].name)
 
     @classmethod
     def checked(cls: type[_R], *, index_space: str = "request", **values: Any) -> _R:
@@ -214,7 +224,7 @@ class Request:
         for declared in signature.options:
             if declared.check is not None:
                 values[declared.name] = declared.check(signature, declared.name, values[declared.name], dims)
-        values["batch"] = _bound(signature, batch, dims, values["q"])
+        values["batch"] = _bound(signature, batch, dims, values[signature.arguments[0].name])
         values["out"] = out if out is None or isinstance(out, tuple) else (out,)
         request = cls(**values, dims=dims)
         _check_out(request)
@@ -265,10 +275,10 @@ def _check_common(signature: Signature, index_space: str, packed: Mapping[str, s
             "index_space",
         )
     for argument, layout_name in packed.items():
-        if layout_name is not None and layout(layout_name).operator != signature.name:
+        if layout_name is not None and layout(layout_name).operator != (signature.part_of or signature.name):
             raise InvalidArgument(
                 f"{signature.name}: {signature.argument(argument).packed_by} is {layout_name!r}, but that is a cache of "
-                f"{layout(layout_name).operator}; pass one of {signature.name}'s own."
+                f"{layout(layout_name).operator}; pass one of {signature.part_of or signature.name}'s own."
             )
 
 
@@ -280,20 +290,28 @@ def _paged(signature: Signature, batch: Batch | None) -> bool:
     return batch is not None and batch.block_table is not None
 
 
-def _bound(signature: Signature, batch: Batch | None, dims: Mapping[str, int], q: Array) -> Batch:
+def _bound(signature: Signature, batch: Batch | None, dims: Mapping[str, int], first: Array) -> Batch:
     if batch is None:
-        return Batch.dense(dims["Tq"], dims["Tk"])
+        return Batch.dense(dims["Tq"], dims["Tk"] if "Tk" in dims else dims["S"])
+    name, place = signature.arguments[0].name, device_of(first)
+    where = f"{signature.name}: batch"
     for array in batch.flatten()[0]:
-        if array is not None and not on_host(array) and device_of(array) != device_of(q):
+        if array is not None and not on_host(array) and device_of(array) != place:
             raise InvalidArgument(
-                f"{signature.name}: batch holds {describe(array)}, but q is on {device_of(q)}; keep it on the host or beside q."
+                f"{where} holds {describe(array)}, but {name} is on {place}; keep it on the host or beside {name}."
             )
-    if batch.page_size is not None and batch.page_size != dims["page_size"]:
+    if "S" in dims and batch.max_seqlen_k != dims["S"]:
+        raise InvalidArgument(
+            f"{where}.max_seqlen_k is {batch.max_seqlen_k}, but {name} has {dims['S']} columns; pass as many, or a view of "
+            "a wider buffer."
+        )
+    # Where no keys are passed, how they are stored is not read.
+    if batch.page_size is not None and batch.page_size != dims.get("page_size", batch.page_size):
         raise InvalidArgument(
             f"{signature.name}: batch.page_size is {batch.page_size}, but the cache has pages of {dims['page_size']}; use "
             "batch.with_pages()."
         )
-    batch.check_bounds(dims["Tq"], dims["num_pages"] if batch.block_table is not None else dims["Tk"])
+    batch.check_bounds(dims["Tq"], dims.get("num_pages" if batch.block_table is not None else "Tk", MAX_PLACES))
     return batch
 
 
@@ -306,7 +324,7 @@ def _check_out(request: Request) -> None:
             f"{request.operator}: out has {len(request.out)} arrays, but the call returns {' and '.join(results)}; pass one "
             "array for each, in a tuple."
         )
-    device = device_of(request.q)
+    device = device_of(request.first)
     for array, (name, (dtype, shape)) in zip(request.out, results.items(), strict=True):
         where = f"{request.operator}: out for {name} is {describe(array)}"
         fits = is_array(array) and (dtype_name(array), tuple(array.shape), device_of(array)) == (dtype, shape, device)

@@ -24,6 +24,8 @@ from dsa_portable.conformance.cases.call import Call
 from dsa_portable.conformance.cases.catalogue import CASES, HAZARDS, LISTS, Case
 from dsa_portable.conformance.cases.contents import CANCEL_BITS, WEIGHT_SCALE
 from dsa_portable.conformance.cases.hazards import PORTABILITY
+from dsa_portable.conformance.cases.index_scores import ScoresCase
+from dsa_portable.conformance.cases.index_select import SelectCase
 from dsa_portable.conformance.cases.lightning_index import IndexCase
 from dsa_portable.conformance.cases.sparse_attend import INVALID, AttendCase
 from dsa_portable.conformance.judging import oracle
@@ -33,9 +35,13 @@ from dsa_portable.operators import FEATURES
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Single: TypeAlias = IndexCase | AttendCase
+Listed: TypeAlias = Single | SelectCase
 
 # The core cases of one call each; what cases of several calls are made of is tested here too, their relations elsewhere.
 SINGLE: dict[str, Single] = {name: case for name in LISTS["core"] if isinstance(case := CASES[name], (IndexCase, AttendCase))}
+# And those of parts, whose arrays are tested in test_parts.py.
+PARTS = {name: case for name in LISTS["parts"] if isinstance(case := CASES[name], (ScoresCase, SelectCase))}
+LISTED: dict[str, Listed] = {**SINGLE, **PARTS}
 
 # --- values: what another machine or another NumPy must reproduce ---
 
@@ -235,28 +241,26 @@ def test_boundary_lengths_are_tried_by_every_format(operator: str) -> None:
         assert wanted <= {lk for case in mine if case.phase == "decode" for _, lk in case.requests}
 
 
-def features_of_table(case: Single) -> dict[str, Any]:
+def features_of_table(case: Listed) -> dict[str, Any]:
     """What capability.FEATURES finds in the call, read off the table instead; `test_features` compares the two."""
     options = dict(case.options)
     found: dict[str, Any] = {
         "format": case.format,
-        "heads": case.heads,
-        "topk": case.topk,
-        "flat": case.page_size is None or None,
-        "page_size": case.page_size,
+        "topk": None if isinstance(case, ScoresCase) else case.topk,
         "ragged": len(case.requests) > 1 or None,
         "out": options.get("out"),
     }
-    if isinstance(case, IndexCase):
+    if not isinstance(case, SelectCase):
+        found |= {"heads": case.heads, "flat": case.page_size is None or None, "page_size": case.page_size}
+    if not isinstance(case, AttendCase):
         found |= {
-            "head_dim": case.head_dim,
-            "k_layout": case.k_layout,
             "unsorted": options.get("sorted") is False or None,
-            "return_scores": options.get("return_scores"),
             "key_range": case.ranges or None,
             "non_causal": not case.causal or None,
         }
-    else:
+    if isinstance(case, IndexCase):
+        found |= {"head_dim": case.head_dim, "k_layout": case.k_layout, "return_scores": options.get("return_scores")}
+    if isinstance(case, AttendCase):
         found |= {
             "dims": "/".join(map(str, case.dims)),
             "return_lse": options.get("return_lse"),
@@ -267,14 +271,14 @@ def features_of_table(case: Single) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-CLAIMS = sorted({(case.operator, case.format, case.phase) for case in SINGLE.values()})
+CLAIMS = sorted({(case.operator, case.format, case.phase) for case in LISTED.values()})
 
 
 def untried(operator: str, format: str, phase: str, offered: Mapping[str, tuple[Any, ...]]) -> list[str]:
     """The required features that no case of the claim tries on a backend that offers these values of them alone."""
     mine = [
         features
-        for case in SINGLE.values()
+        for case in LISTED.values()
         if (case.operator, case.format, case.phase) == (operator, format, phase)
         and all((features := features_of_table(case)).get(name) in (None, *values) for name, values in offered.items())
     ]
@@ -309,7 +313,7 @@ def test_one_value_of_each_required_feature_is_enough_for_every_claim(operator: 
 
 @pytest.mark.parametrize("operator", FEATURES)
 def test_every_feature_is_tried_by_some_case(operator: str) -> None:
-    tried = {name for case in SINGLE.values() if case.operator == operator for name in features_of_table(case)}
+    tried = {name for case in LISTED.values() if case.operator == operator for name in features_of_table(case)}
     assert tried == {feature.name for feature in FEATURES[operator]}
 
 
@@ -346,7 +350,7 @@ def test_index_cases_have_selective_rows(built: tuple[Single, Call]) -> None:
 
 def stored_parts(call: Call) -> list[Array]:
     """The parts of the keys' memory as numbers, `[slots, ...]` each: keys alone, keys and scale, or a cache unpacked."""
-    main, layout = ("k", "k_layout") if call.operator == "lightning_index" else ("kv", "kv_layout")
+    main, layout = ("k", "k_layout") if "k" in call.arrays else ("kv", "kv_layout")
     parts = unpack(call.options[layout], call.arrays[main]) if call.options[layout] else (call.arrays[main],)
     extra = (call.arrays["k_scale"],) if "k_scale" in call.arrays else ()
     trailing = 2 if call.batch_options["page_size"] else 1
@@ -466,18 +470,21 @@ Shown: TypeAlias = Callable[[Any, Call], bool]
 
 def visible(call: Call) -> list[int]:
     """Keys that each row of a request sees; in sparse_attend, names validly."""
-    if call.operator == "lightning_index":
+    if call.operator != "sparse_attend":
         return [end - start for _, _, start, end in oracle.rows(call)]
     return [len(oracle.attention_row(call, row, request)[1]) for row, request, _, _ in oracle.rows(call)]
 
 
 def scored(call: Call) -> Iterator[tuple[int, int, Array]]:
-    """(row, start, scores of the positions it sees) of every row that sees more than topk keys."""
+    """(row, start, scores of the positions it sees) of every row that sees more than topk keys, or any if none is selected."""
     spans = {row: (start, end) for row, _, start, end in oracle.rows(call)}
+    if "scores" in call.arrays:
+        yield from ((t, a, call.arrays["scores"][t, a:z]) for t, (a, z) in spans.items() if z - a > call.options["topk"])
+        return
     for block, low, scores in oracle.index_scores(call):
         for i, row in enumerate(range(block.start, block.stop)):
             start, end = spans[row]
-            if end - start > call.options["topk"]:
+            if end - start > call.options.get("topk", 0):
                 yield row, start, scores[i, start - low : end - low]
 
 
@@ -556,7 +563,7 @@ SHOWS: Mapping[str, Shown] = {
     "causal-offset": lambda case, call: boundary_shows(call),
     "short-row": lambda case, call: min(visible(call)) < case.topk,
     "ragged": lambda case, call: len({lk for _, lk in case.requests}) > 1,
-    "padding-rows": lambda case, call: len(call.arrays["q"]) > call.batch["cu_seqlens_q"][-1],
+    "padding-rows": lambda case, call: call.request.dims["Tq"] > call.batch["cu_seqlens_q"][-1],
     "paging": lambda case, call: table_is_shuffled(case, call),
     "poison": lambda case, call: any(np.isnan(part).any() for part in stored_parts(call)),
     "long-context": lambda case, call: max(lk for _, lk in case.requests) >= 16385,
@@ -596,7 +603,7 @@ def named(call: Call) -> list[list[int]]:
     return [oracle.attention_row(call, row, request)[1].tolist() for row, request, _, _ in oracle.rows(call)]
 
 
-def has_other_geometry(case: Single) -> bool:
+def has_other_geometry(case: Listed) -> bool:
     """Some size is not DeepSeek-V3.2's, or pages are not of 64."""
     usual = {feature.name: feature.required[:1] for feature in FEATURES[case.operator]}
     sizes = ("heads", "head_dim", "dims", "topk", "page_size")
@@ -642,6 +649,7 @@ RELEASED = {
     "core-2026.11": "0692566a5478cece3c48673984a41ca3e1946879f51c6a3796a4c032b8ddf1e8",
     "deterministic-2026.11": "0bf6330c49780641b79375bf7b63adf11c090bc95d02d97af5f5ada3b9c6cc9b",
     "full-2026.11": "9929bf2107f0d9b42452225c20e75d9cde9e0d467ab0a40cf8fedae0204b8436",
+    "parts-2026.12": "05847f6dd0b8c7d45bbbcc6e60a51db755809c729abc05554e8c7775d3ff8110",
 }
 
 

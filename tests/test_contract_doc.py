@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import dsa_portable
-from dsa_portable import DSAError, errors, lightning_index, profile, sparse_attend
+from dsa_portable import DSAError, errors, index_scores, index_select, lightning_index, profile, sparse_attend
 from dsa_portable.backend import CONTRACT_VERSION
 from dsa_portable.batch import ARRAYS, DECODE_ROWS
 from dsa_portable.formats import LAYOUTS
@@ -69,7 +69,7 @@ def test_an_unknown_table_is_an_error(build_tables: ModuleType) -> None:
 
 def test_sections_are_numbered_and_the_operators_are_where_docstrings_say() -> None:
     assert list(SECTIONS) == list(range(1, len(SECTIONS) + 1))
-    for operator in (lightning_index, sparse_attend):
+    for operator in (lightning_index, sparse_attend, index_scores, index_select):
         cited = re.search(r"docs/contract\.md, section (\d+)", operator.__doc__ or "")
         assert cited is not None
         assert SECTIONS[int(cited[1])] == f"`{operator.__name__}`"

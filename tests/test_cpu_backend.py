@@ -27,6 +27,7 @@ Parts = list[NDArray]
 pytestmark = pytest.mark.filterwarnings("error")
 
 index_module = import_module("dsa_portable.backends.cpu.lightning_index")
+scores_module = import_module("dsa_portable.backends.cpu.index_scores")
 attend_module = import_module("dsa_portable.backends.cpu.sparse_attend")
 numpy_module = import_module("dsa_portable.backends.cpu.numpy_engine")
 
@@ -565,7 +566,7 @@ def test_index_chunks_of_rows_change_nothing(engine: str, monkeypatch: pytest.Mo
     rng = np.random.default_rng(0)
     q, k = (rng.integers(-2, 3, shape).astype(np.float32) for shape in ((50, 1, 4), (60_000, 4)))
     weights = rng.integers(1, 3, (50, 1)).astype(np.float32)
-    chunks = count(monkeypatch, index_module, "_score")
+    chunks = count(monkeypatch, index_module, "score")
     whole = lightning_index(q, k, weights, topk=64, return_scores=True, backend="cpu")
     assert chunks.pop() == 1
     monkeypatch.setenv("DSA_CPU_MEMORY", str(16 * MEBI))
@@ -580,7 +581,7 @@ def test_index_tiles_of_keys_change_nothing(engine: str, monkeypatch: pytest.Mon
     rng = np.random.default_rng(0)
     q, k = (rng.integers(-2, 3, shape).astype(np.float32) for shape in ((11, 512, 4), (1500, 4)))
     weights = rng.integers(-2, 3, (11, 512)).astype(np.float32)
-    tiles = count(monkeypatch, index_module, "index_keys")
+    tiles = count(monkeypatch, scores_module, "index_keys")
     results = []
     for memory in (1 << 30, 16 * MEBI):
         monkeypatch.setenv("DSA_CPU_MEMORY", str(memory))
@@ -647,7 +648,7 @@ MEASURED = """
 import sys
 import numpy as np
 from dsa_portable import lightning_index, sparse_attend
-from dsa_portable.backends.cpu import lightning_index as index_module, settings
+from dsa_portable.backends.cpu import index_scores as scores_module, settings
 
 def peak():
     with open("/proc/self/status") as lines:
@@ -667,7 +668,7 @@ def call(rows, keys):
 
 call(2, 4096)
 if "unbounded" in sys.argv:
-    index_module.KEYS = keys
+    scores_module.KEYS = keys
     settings.memory = lambda: 1 << 40
 before = peak()
 call(rows, keys)
@@ -862,7 +863,7 @@ def _merged_by_lse(
 FAULTS: list[tuple[str, Any, str, Any, Callable[[pytest.MonkeyPatch], None]]] = [
     ("ties at the highest", index_module, "top", _highest_ties, lambda m: check_exact(index_call("int8/f32/f32", flat))),
     ("NaN compared", index_module, "top", _nan_ignored, lambda m: check_spoilt("k", np.nan)),
-    ("table not followed", index_module, "places", _first_page, lambda m: check_exact(index_call("f32/f32/-", paged))),
+    ("table not followed", scores_module, "places", _first_page, lambda m: check_exact(index_call("f32/f32/-", paged))),
     ("table not followed", attend_module, "places", _first_page, lambda m: check_attend(attend_call("f32", paged))),
     ("-1 is the last key", attend_module, "_valid", _negative_wraps, lambda m: check_attend(attend_call("f32", flat))),
     ("lse of a sum", numpy_module.Engine, "attend", _sum_of_all_but_one, lambda m: check_attend(attend_call("f32", flat))),

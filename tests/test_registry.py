@@ -25,6 +25,8 @@ from dsa_portable import (
     InvalidArgument,
     UnknownBackend,
     Unsupported,
+    index_scores,
+    index_select,
     lightning_index,
     registry,
     sparse_attend,
@@ -55,7 +57,7 @@ def answer(request):
 
 fields = dict(
     name="{name}", version="1", devices=("cpu",), arrays="numpy", install="pip install fake-sdk", probe=probe,
-    operators={{"lightning_index": "{module}:answer", "sparse_attend": "{module}:answer"}},
+    operators={{operator: "{module}:answer" for operator in FEATURES}},
     capabilities=lambda device: CAPABILITIES, profile=lambda *_: Profile(), put=np.array, get=np.array, auto=False,
 )
 {changes}
@@ -369,9 +371,20 @@ ASKS: dict[str, dict[str, dict[str, Any]]] = {
         "topk_length": {"topk_length": BOUNDS},
     },
 }
+_PARTS = ("key_range", "non_causal", "ragged", "format")
+ASKS["index_scores"] = {
+    **{name: ASKS["lightning_index"][name] for name in (*_PARTS, "heads", "head_dim", "flat", "page_size", "k_layout")},
+    "out": {"out": np.zeros((2, 3), np.float32)},
+}
+ASKS["index_select"] = {
+    **{name: ASKS["lightning_index"][name] for name in (*_PARTS, "topk", "unsorted", "out")},
+    "ragged": {"batch": Batch.of([1, 1], [3, 2])},
+}
 CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "lightning_index": (lightning_index, INDEX),
     "sparse_attend": (sparse_attend, ATTEND),
+    "index_scores": (index_scores, {name: INDEX[name] for name in ("q", "k", "weights")}),
+    "index_select": (index_select, {"scores": np.zeros((2, 3), np.float32), "topk": 2}),
 }
 
 

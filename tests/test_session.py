@@ -665,7 +665,7 @@ def alive(pid: int) -> bool:
 # --- planted faults --------------------------------------------------------------------------------------------------------
 
 # What ports get wrong, each in a copy of the CPU backend that is right otherwise, with the core cases that are there for it.
-LOOP, TOP = "for owner, rows in _chunks(request, ends):", "return np.flatnonzero(above)"
+LOOP, TOP = "for owner, rows in chunks(request, ends):", "return np.flatnonzero(above)"
 SEES_ONE_MORE = "np.minimum(ends + 1, request.batch.seqlens_k[request.batch.request_of_row(len(ends))]) * (ends > 0)"
 ROPE = "np.float32(np.arange(request.dims['Dqk']) < request.value_dim)"
 ROW_WEIGHTS, POSITIONS = "widen(request.weights[block])", "positions = request.indices[row, :limit].astype(np.int64)"
@@ -679,11 +679,11 @@ FAULTS: dict[str, tuple[FileEdit, tuple[str, ...]]] = {
         (f"{HEAD}-decode-lengths", f"{HEAD}-prefill-paged64"),
     ),
     "top-k: the best key exchanged for the first that was left out": (
-        ("lightning_index.py", TOP, f"above[[np.argmax(keys), np.flatnonzero(~above)[0]]] = False, True\n    {TOP}"),
+        ("index_select.py", TOP, f"above[[np.argmax(keys), np.flatnonzero(~above)[0]]] = False, True\n    {TOP}"),
         (f"{HEAD}-prefill-topk512",),
     ),
     "top-k: ties at the boundary displace better keys": (
-        ("lightning_index.py", TOP, "return np.flatnonzero(keys >= threshold)[:topk]"),
+        ("index_select.py", TOP, "return np.flatnonzero(keys >= threshold)[:topk]"),
         (f"{HEAD}-prefill-topk512", f"{HEAD}-prefill-lattice"),
     ),
     "k_scale rounded to a power of two": (
@@ -691,7 +691,7 @@ FAULTS: dict[str, tuple[FileEdit, tuple[str, ...]]] = {
         (f"{HEAD}-prefill-pow2", f"{HEAD}-decode-scores"),
     ),
     "weights rounded to bfloat16": (
-        ("lightning_index.py", ROW_WEIGHTS, "widen(request.weights[block].astype('bfloat16'))"),
+        ("index_scores.py", ROW_WEIGHTS, "widen(request.weights[block].astype('bfloat16'))"),
         (f"{HEAD}-prefill-cancel",),
     ),
     "index: padding rows left unwritten": (

@@ -16,32 +16,33 @@ from dsa_portable.contract import ANY, YES, Capabilities
 from dsa_portable.formats import LAYOUTS
 
 _FLOATS = ("f32", "bf16", "f16")
-_SHARED: dict[str, Container[Any]] = {"topk": ANY, "flat": YES, "page_size": ANY, "ragged": YES, "out": YES}
+_SEEN: dict[str, Container[Any]] = {"ragged": YES, "key_range": YES, "non_causal": YES, "out": YES}
+_STORED: dict[str, Container[Any]] = {"flat": YES, "page_size": ANY, "heads": ANY}
+_SCORED: dict[str, Container[Any]] = {
+    **_SEEN,
+    **_STORED,
+    "format": tuple(
+        "/".join(parts) for parts in (*product(("e4m3", "int8"), _FLOATS, ("f32", "f16")), *product(_FLOATS, _FLOATS, ("-",)))
+    ),
+    "head_dim": ANY,
+    "k_layout": tuple(name for name, layout in LAYOUTS.items() if layout.operator == "lightning_index"),
+}
 _CAPABILITIES: Capabilities = {
-    "lightning_index": {
-        **_SHARED,
-        "format": tuple(
-            "/".join(parts)
-            for parts in (*product(("e4m3", "int8"), _FLOATS, ("f32", "f16")), *product(_FLOATS, _FLOATS, ("-",)))
-        ),
-        "heads": ANY,
-        "head_dim": ANY,
-        "k_layout": tuple(name for name, layout in LAYOUTS.items() if layout.operator == "lightning_index"),
-        "unsorted": YES,
-        "return_scores": YES,
-        "key_range": YES,
-        "non_causal": YES,
-    },
+    "lightning_index": {**_SCORED, "topk": ANY, "unsorted": YES, "return_scores": YES},
     "sparse_attend": {
-        **_SHARED,
+        **_STORED,
         "format": (*_FLOATS, *(name for name, layout in LAYOUTS.items() if layout.operator == "sparse_attend")),
-        "heads": ANY,
         "dims": ANY,
+        "topk": ANY,
+        "ragged": YES,
+        "out": YES,
         "return_lse": YES,
         "attn_sink": YES,
         "topk_length": YES,
         "repeated_indices": YES,
     },
+    "index_scores": _SCORED,
+    "index_select": {**_SEEN, "format": ("f32",), "topk": ANY, "unsorted": YES},
 }
 
 
@@ -55,10 +56,7 @@ BACKEND = Backend(
     version="0.1.0",
     devices=("cpu",),
     arrays="numpy",
-    operators={
-        "lightning_index": "dsa_portable.backends.cpu.lightning_index:lightning_index",
-        "sparse_attend": "dsa_portable.backends.cpu.sparse_attend:sparse_attend",
-    },
+    operators={name: f"dsa_portable.backends.cpu.{name}:{name}" for name in _CAPABILITIES},
     install="pip install 'dsa-portable[cpu]'",
     probe=probe,
     capabilities=lambda device: _CAPABILITIES,

@@ -69,7 +69,7 @@ def execute(request: Request, q: torch.Tensor, operate: Operate) -> Any:
 
 def _signature(request: Request) -> tuple[tuple[Any, ...] | None, list[torch.Tensor]]:
     """(key, arrays that are given); no key where an array is elsewhere or has to be copied first."""
-    device = request.q.device
+    device = request.first.device
     key: list[Any] = [type(request), device, *map(os.environ.get, VARIABLES)]
     values: list[Any] = []
     for value in vars(request).values():

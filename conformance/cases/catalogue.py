@@ -1,4 +1,4 @@
-"""Every case there is, and the lists they make: smoke (seconds), core (minutes), deterministic and full (a night)."""
+"""Every case there is, and the lists they make: smoke (seconds), core (minutes), deterministic, parts, full (a night)."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TypeAlias
 
-from dsa_portable.conformance.cases import core, deterministic, full
+from dsa_portable.conformance.cases import core, deterministic, full, parts
 from dsa_portable.conformance.cases.hazards import HAZARDS
+from dsa_portable.conformance.cases.index_select import SelectCase
 from dsa_portable.conformance.cases.lightning_index import IndexCase
 from dsa_portable.conformance.cases.relation import PipelineCase, RelationCase
 from dsa_portable.conformance.cases.sparse_attend import AttendCase
 
-Case: TypeAlias = IndexCase | AttendCase | RelationCase | PipelineCase
+Case: TypeAlias = IndexCase | SelectCase | AttendCase | RelationCase | PipelineCase
 
-CASES: Mapping[str, Case] = MappingProxyType({case.id: case for case in (*core.CASES, *deterministic.CASES, *full.CASES)})
+CASES: Mapping[str, Case] = MappingProxyType(
+    {case.id: case for case in (*core.CASES, *deterministic.CASES, *full.CASES, *parts.CASES)}
+)
 
 # What the next frozen list of each family will hold; those that were released stand in frozen/.
 LISTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -23,6 +26,7 @@ LISTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "core": tuple(c.id for c in core.CASES),
         "deterministic": tuple(c.id for c in deterministic.CASES),
         "full": tuple(c.id for c in (*core.CASES, *full.CASES)),
+        "parts": tuple(c.id for c in parts.CASES),
     }
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from dsa_portable.conformance.cases.lightning_index import IndexCase
 from dsa_portable.conformance.cases.relation import PipelineCase
@@ -12,6 +12,7 @@ from dsa_portable.conformance.cases.sparse_attend import AttendCase
 from dsa_portable.formats import LAYOUTS
 
 Case: TypeAlias = IndexCase | AttendCase | PipelineCase
+_Named = TypeVar("_Named", bound=IndexCase | AttendCase)
 
 LSE = (("return_lse", True),)
 SCORES = (("return_scores", True),)
@@ -137,13 +138,15 @@ ATTEND_OPTIONS = (
 # fmt: on
 
 
-def named(case: IndexCase | AttendCase, label: str = "") -> IndexCase | AttendCase:
+def named(case: _Named, label: str = "") -> _Named:
     """The template in a format, with operator and format in its id; a packed cache makes every case one of its layout."""
-    prefix, format = "index" if isinstance(case, IndexCase) else "attend", label or case.format
+    format = label or case.format
     hazards = (*case.hazards, "layout") if format in LAYOUTS else case.hazards
     spelled = format.replace("/-", "").replace("/", "-")
     smoke = case.smoke and format in SMOKE_FORMATS
-    return replace(case, id=f"{prefix}-{spelled}-{case.id}", format=format, hazards=tuple(dict.fromkeys(hazards)), smoke=smoke)
+    return replace(
+        case, id=f"{case.prefix}-{spelled}-{case.id}", format=format, hazards=tuple(dict.fromkeys(hazards)), smoke=smoke
+    )
 
 
 def _index() -> Iterable[Case]:

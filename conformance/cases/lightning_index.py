@@ -19,10 +19,29 @@ from dsa_portable.contract import SHORT
 from dsa_portable.formats import pack
 
 Array: TypeAlias = np.ndarray[Any, Any]
+Requests: TypeAlias = tuple[tuple[int, int], ...]  # (query rows, keys) of each
 
 LONG = {short: name for name, short in SHORT.items()}
 # How much larger a key around the causal boundary is: it nearly always ranks among the best, so that one too many or few shows.
 BOUNDARY_BOOST = 8
+
+
+def phase_of(requests: Requests) -> str:
+    """`decode` or `prefill`, as Batch.phase has it."""
+    return "decode" if max(rows for rows, _ in requests) <= DECODE_ROWS else "prefill"
+
+
+def batch_of(storage: Storage, name: str, requests: Requests, rows: int, ranges: bool) -> dict[str, Array]:
+    """The batch's arrays; with `ranges`, windows that overrun both ends and cross causality, in some rows empty or reversed."""
+    batch = dict(storage.batch)
+    batch["cu_seqlens_q"] = np.concatenate([[0], np.cumsum([lq for lq, _ in requests])]).astype(np.int32)
+    if ranges:
+        longest = max(lk for _, lk in requests)
+        start = values.integers(f"{name}/start", (rows,), -100, longest // 2)
+        end = start + values.integers(f"{name}/width", (rows,), -10, longest)
+        end[::7] = start[::7]
+        batch |= {"key_start": start.astype(np.int32), "key_end": end.astype(np.int32)}
+    return batch
 
 
 @dataclass(frozen=True)
@@ -33,7 +52,7 @@ class IndexCase(SingleCall):
     why: str
     hazards: tuple[str, ...]
     format: str
-    requests: tuple[tuple[int, int], ...]  # (query rows, keys) of each
+    requests: Requests
     heads: int = 64
     head_dim: int = 128
     topk: int = 2048
@@ -50,12 +69,12 @@ class IndexCase(SingleCall):
     options: tuple[tuple[str, Any], ...] = ()  # return_scores, sorted, out
     smoke: bool = False  # a case of the smoke list too
 
-    operator = "lightning_index"
+    operator, prefix = "lightning_index", "index"
 
     @property
     def phase(self) -> str:
         """`decode` or `prefill`, as Batch.phase has it."""
-        return "decode" if max(rows for rows, _ in self.requests) <= DECODE_ROWS else "prefill"
+        return phase_of(self.requests)
 
     @property
     def exact(self) -> bool:
@@ -77,12 +96,12 @@ class IndexCase(SingleCall):
             # Row 0 carries a NaN itself; position 1 of the last request is a NaN key that only its own rows see.
             weights[0, 0] = np.nan
             scales[-1][1] = np.nan
-        batch = self._batch(storage, name, rows)
+        batch = batch_of(storage, name, self.requests, rows, self.ranges)
         if self.ranges:
             self._poison_unseen(batch, keys, scales, operand)
         arrays = {"q": values.cast(q, LONG[operand]), "weights": values.cast(weights, LONG[weight])}
         arrays |= self._stored(storage, keys, scales, operand, scale)
-        return Call("lightning_index", arrays, batch, self._options(), self._batch_options())
+        return Call(self.operator, arrays, batch, self._options(), self._batch_options())
 
     def _poison_unseen(self, batch: dict[str, Array], keys: list[Array], scales: list[Array], operand: str) -> None:
         """NaN in the keys of a request that no row's range covers."""
@@ -124,18 +143,6 @@ class IndexCase(SingleCall):
         stored_scales = [values.cast(factor, LONG[scale]) for factor in scales]
         k_scale = storage.place(stored_scales, np.array(np.nan, NUMPY_DTYPES[LONG[scale]]))
         return {"k": pack(self.k_layout, k, k_scale)} if self.k_layout else {"k": k, "k_scale": k_scale}
-
-    def _batch(self, storage: Storage, name: str, rows: int) -> dict[str, Array]:
-        batch = dict(storage.batch)
-        batch["cu_seqlens_q"] = np.concatenate([[0], np.cumsum([lq for lq, _ in self.requests])]).astype(np.int32)
-        if self.ranges:
-            # Windows that overrun both ends of the request, cross causality, and are empty or reversed in some rows.
-            longest = max(lk for _, lk in self.requests)
-            start = values.integers(f"{name}/start", (rows,), -100, longest // 2)
-            end = start + values.integers(f"{name}/width", (rows,), -10, longest)
-            end[::7] = start[::7]
-            batch |= {"key_start": start.astype(np.int32), "key_end": end.astype(np.int32)}
-        return batch
 
     def _batch_options(self) -> dict[str, Any]:
         return {"page_size": self.page_size, "causal": self.causal}

@@ -53,7 +53,7 @@ class AttendCase(SingleCall):
     options: tuple[tuple[str, Any], ...] = ()  # return_lse, out
     smoke: bool = False  # a case of the smoke list too
 
-    operator = "sparse_attend"
+    operator, prefix = "sparse_attend", "attend"
 
     @property
     def phase(self) -> str:

@@ -152,7 +152,7 @@ def capabilities(backend: Backend, chip: Device) -> Capabilities:
     for operator, features in declared.items():
         if operator not in FEATURES or not isinstance(features, Mapping):
             raise DeclarationError(
-                f"{who} has {operator!r} -> {features!r}, but {' and '.join(FEATURES)} are accepted, each with a mapping of "
+                f"{who} has {operator!r} -> {features!r}, but {', '.join(FEATURES)} are accepted, each with a mapping of "
                 "features; mend the declaration."
             )
         known = [feature.name for feature in FEATURES[operator]]

@@ -140,7 +140,7 @@ class Worker:
         self.backend.synchronize()
         seen.seconds += time.perf_counter() - started
         returned = returned if isinstance(returned, tuple) else (returned,)
-        worked = self._witness() > before or not len(call.arrays["q"])
+        worked = self._witness() > before or not call.request.dims["Tq"]
         seen.reached &= worked and all(device_name(array) in self.backend.devices for array in returned)
         if len(returned) != len(results):
             raise Malformed(f"{len(returned)} arrays for {', '.join(results)}")

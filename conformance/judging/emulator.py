@@ -45,8 +45,11 @@ def index_operands(q: Array, codes: Float64, scale: Float64, profile: Profile) -
     return held(single, profile.qk_compute, profile), keys, np.ones_like(factor), profile.qk_compute
 
 
-def index_scores(call: Call, profile: Profile) -> dict[int, Float32]:
-    """Row -> float32 scores of the positions it sees, from its start on; rows of no request are absent."""
+def index_scores(call: Call, profile: Profile, backwards: bool = False) -> dict[int, Float32]:
+    """Row -> float32 scores of the positions it sees, from its start on; rows of no request are absent.
+
+    `backwards`: the last dimension first.
+    """
     scores: dict[int, Float32] = {}
     spans = list(oracle.rows(call))
     weights = held(call.arrays["weights"], profile.head_sum, profile)
@@ -57,6 +60,8 @@ def index_scores(call: Call, profile: Profile) -> dict[int, Float32]:
         low, high = min(span[2] for span in mine), max(span[3] for span in mine)
         codes, scales = oracle.index_keys(call, request, np.arange(low, high))
         queries, keys, scale, operands = index_operands(call.arrays["q"], codes, scales, profile)
+        if backwards:
+            queries, keys = queries[..., ::-1], keys[:, ::-1]
         for row, _, start, end in mine:
             parts = []
             for first in range(start, end, oracle.TILE):

@@ -15,7 +15,7 @@ from dsa_portable.conformance import lists
 from dsa_portable.conformance.cases.call import Call, Outputs, drive, sha256_of
 from dsa_portable.conformance.cases.catalogue import Case
 from dsa_portable.conformance.execute.recording import Recording, Subject
-from dsa_portable.conformance.judging.lightning_index import IndexJudge, IndexReference
+from dsa_portable.conformance.judging.lightning_index import IndexJudge, IndexReference, ScoresJudge
 from dsa_portable.conformance.judging.rules import Verdict
 from dsa_portable.conformance.judging.sparse_attend import AttendFacts, AttendJudge, AttendReference
 from dsa_portable.conformance.report import claims
@@ -28,9 +28,9 @@ Reference: TypeAlias = IndexReference | AttendReference
 
 def reference_of(case: Case, call: Call, profile: Profile, shared: dict[Any, Any] | None = None) -> Reference:
     """What this call's outputs are judged against; worth keeping where many outputs of one call are judged."""
-    if call.operator == "lightning_index":
-        return IndexReference(case, call, profile, shared)
-    return AttendReference(case, call, profile, shared)
+    if call.operator == "sparse_attend":
+        return AttendReference(case, call, profile, shared)
+    return IndexReference(case, call, profile, shared)
 
 
 def judge_calls(
@@ -66,7 +66,7 @@ def judge_call(case: Case, call: Call, outputs: Outputs, against: Profile | Refe
         return verdict
     reference = reference_of(case, call, against) if isinstance(against, Profile) else against
     if isinstance(reference, IndexReference):
-        IndexJudge(reference, outputs, verdict).run()
+        (IndexJudge if "indices" in call.request.results else ScoresJudge)(reference, outputs, verdict).run()
     else:
         AttendJudge(reference, outputs, verdict).run()
     return verdict

@@ -1,8 +1,12 @@
-"""Judging lightning_index: structure of every row, certificate of selective rows, population over the case, returned scores."""
+"""Judging lightning_index and its parts: structure of every row, certificate of selective rows, population, scores.
+
+The parts are judged by the same rules: index_select by scores that are given, so that nothing rounds, index_scores by every
+score that a row sees.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -26,7 +30,7 @@ class IndexFacts:
     start: int
     scores: Float64
     bound: Float64
-    emulated: Float64
+    emulated: tuple[Float64, ...]  # in one order of summation, or two
     best: Array  # the topk of the true scores, where the row sees more; else empty
     exchanged_emulated: int
 
@@ -36,8 +40,9 @@ class IndexReference:
 
     def __init__(self, case: Case, call: Call, profile: Profile, shared: dict[Any, Any] | None = None) -> None:
         self.call, self.profile, self.exact = call, profile, case.exact
-        self.shared = {} if shared is None else shared  # sums over heads, where a call is judged by several profiles
-        self.topk: int = call.options["topk"]
+        self.shared = shared  # sums over heads, of one call that is judged by several profiles; None: not worth the memory
+        self.selects = "topk" in call.options
+        self.topk: int = call.options.get("topk", 0)
         spans = list(oracle.rows(call))
         self.spans = {row: (start, end) for row, _, start, end in spans}
         self.requests = {row: request for row, request, _, _ in spans}
@@ -45,26 +50,46 @@ class IndexReference:
         self.spoilt = 0  # rows that see a NaN or infinity: well-formed or not, and no more is asked of them
         self.rows = {} if self.outside_range else dict(self._rows())
 
-    def selective(self) -> int:
-        """Rows that see more than topk keys."""
-        return sum(end - start > self.topk for start, end in self.spans.values())
+    def selective(self) -> int | None:
+        """Rows that see more than topk keys; None where nothing is selected."""
+        return sum(end - start > self.topk for start, end in self.spans.values()) if self.selects else None
 
     def _rows(self) -> Iterator[tuple[int, IndexFacts]]:
-        emulated = emulator.index_scores(self.call, self.profile)
-        aligned = self.profile.accumulator.group > 1
-        if aligned not in self.shared:
-            self.shared[aligned] = list(oracle.index_sums(self.call, self._sums))
-        for block, low, (scores, weighted, products) in self.shared[aligned]:
+        if "scores" in self.call.arrays:
+            yield from self._given()
+            return
+        # Where every product is cut, another order errs by another amount: an honest kernel may have either.
+        orders = (False, True) if self.profile.accumulator.bits < 24 else (False,)
+        emulated = [emulator.index_scores(self.call, self.profile, backwards) for backwards in orders]
+        for block, low, (scores, weighted, products) in self._truth():
             for i, row in enumerate(range(block.start, block.stop)):
                 start, end = self.spans[row]
                 seen = slice(start - low, end - low)
                 if start == end:
                     continue
                 if np.isfinite(scores[i, seen]).all():
-                    found = self._row(row, scores[i, seen], weighted[i, seen], products[i, seen], emulated[row])
-                    yield row, found
+                    bound = self._bound(row, scores[i, seen], weighted[i, seen], products[i, seen])
+                    yield row, self._facts(row, scores[i, seen], bound, *(scores[row] for scores in emulated))
                 else:
                     self.spoilt += 1
+
+    def _truth(self) -> Iterable[tuple[slice, int, list[Float64]]]:
+        if self.shared is None:
+            return oracle.index_sums(self.call, self._sums)
+        aligned = self.profile.accumulator.group > 1  # all that `_sums` asks of the profile
+        if aligned not in self.shared:
+            self.shared[aligned] = list(oracle.index_sums(self.call, self._sums))
+        return self.shared[aligned]
+
+    def _given(self) -> Iterator[tuple[int, IndexFacts]]:
+        """Scores that are inputs: all that can be lost of one is what the profile does not compare."""
+        for row, (start, end) in self.spans.items():
+            scores = self.call.arrays["scores"][row, start:end].astype(np.float64)
+            if not np.isfinite(scores).all():
+                self.spoilt += 1
+            elif start < end:
+                bound = bounds.score_bound(self.profile, scores, scores, scores, heads=0, dim=0, dots_exact=True, exact=True)
+                yield row, self._facts(row, scores, bound, rounded(scores, self.profile.logit))
 
     def _sums(self, q: Float64, k: Float64, weights: Float64) -> list[Float64]:
         """The scores, the same of |weights|, and those of all magnitudes: the bounds need them all (judging 3.1)."""
@@ -72,10 +97,9 @@ class IndexReference:
         sizes = [bounds.magnitude(operand, accumulator, dtype) for operand in (q, k)]
         return [*oracle.head_sums(q, k, weights, abs(weights)), *oracle.head_sums(*sizes, abs(weights))]
 
-    def _row(self, row: int, scores: Float64, weighted: Float64, products: Float64, emulated: Array) -> IndexFacts:
+    def _bound(self, row: int, scores: Float64, weighted: Float64, products: Float64) -> Float64:
         _, heads, dim = self.call.arrays["q"].shape
-        start = self.spans[row][0]
-        bound = bounds.score_bound(
+        return bounds.score_bound(
             self.profile,
             scores,
             weighted,
@@ -84,14 +108,17 @@ class IndexReference:
             dim=dim,
             dots_exact=self.call.arrays["q"].dtype == np.int8 and self.profile.accumulator.bits >= 24,
             exact=self.exact,
-            **self._roundings(row, start, len(scores)),
+            **self._roundings(row, self.spans[row][0], len(scores)),
         )
-        own = emulated.astype(np.float64)
+
+    def _facts(self, row: int, scores: Float64, bound: Float64, *emulated: Array) -> IndexFacts:
+        orders = tuple(own.astype(np.float64) for own in emulated)
         best, exchanged = np.empty(0, np.int64), 0
-        if len(scores) > self.topk:
+        if self.selects and len(scores) > self.topk:
             best = np.argsort(-scores, kind="stable")[: self.topk]
-            exchanged = exchanged_keys(scores, best, np.argsort(-own, kind="stable")[: self.topk])
-        return IndexFacts(start, scores.copy(), bound, own, best, exchanged)
+            sets = (np.argsort(-own, kind="stable")[: self.topk] for own in orders)
+            exchanged = max(exchanged_keys(scores, best, chosen) for chosen in sets)
+        return IndexFacts(self.spans[row][0], scores.copy(), bound, orders, best, exchanged)
 
     def _roundings(self, row: int, start: int, count: int) -> dict[str, Any]:
         """What rounding does to this row's operands and scales; where the profile has none, keys are not read anew."""
@@ -111,7 +138,7 @@ class IndexReference:
         }
 
     def _outside_range(self) -> str:
-        if self.profile.finite_max > 1e30:
+        if self.profile.finite_max > 1e30 or "q" not in self.call.arrays:
             return ""
         largest = 0.0
         for row, request, start, end in oracle.rows(self.call):
@@ -132,11 +159,11 @@ def exchanged_keys(scores: Float64, best: Array, chosen: Array) -> int:
 
 
 class IndexJudge:
-    """One call's outputs against its reference."""
+    """One call's outputs against its reference: of lightning_index, or of index_select."""
 
     def __init__(self, reference: IndexReference, outputs: Outputs, verdict: Verdict) -> None:
         self.reference, self.verdict = reference, verdict
-        self.indices, self.scores = outputs["indices"], outputs.get("scores")
+        self.outputs, self.scores = outputs, outputs.get("scores")
         self.exchanged = self.exchanged_emulated = 0
         self.square_error = self.square_error_emulated = self.square_score = 0.0
         self.compared, self.recall = 0, 1.0
@@ -145,8 +172,9 @@ class IndexJudge:
         """Judge all rows, structure first: a row that is malformed is not compared."""
         reference, verdict = self.reference, self.verdict
         verdict.selective_rows = reference.selective()
-        verdict.vacuous_rows = len(reference.spans) - verdict.selective_rows
-        wellformed = [self._structure(row) for row in range(len(self.indices))]
+        if verdict.selective_rows is not None:
+            verdict.vacuous_rows = len(reference.spans) - verdict.selective_rows
+        wellformed = [self._structure(row) for row in range(reference.call.request.dims["Tq"])]
         if reference.outside_range:
             verdict.status, verdict.rule, verdict.reason = "UNSUPPORTED", None, reference.outside_range
             return
@@ -157,13 +185,16 @@ class IndexJudge:
                 self._row(row, facts)
         self._population()
 
-    def _structure(self, row: int) -> bool:
-        topk = self.reference.topk
+    def _seen(self, row: int) -> tuple[int, int, str]:
+        """(start, end, which row that is in words)."""
         start, end = self.reference.spans.get(row, (0, 0))
-        kept = min(topk, end - start)
-        chosen, tail = self.indices[row, :kept], self.indices[row, kept:]
         kind = "padding row" if row not in self.reference.spans else f"row sees positions [{start}, {end})"
-        place = f"row {row} ({kind}): "
+        return start, end, f"row {row} ({kind}): "
+
+    def _structure(self, row: int) -> bool:
+        start, end, place = self._seen(row)
+        kept, indices = min(self.reference.topk, end - start), self.outputs["indices"][row]
+        chosen, tail = indices[:kept], indices[kept:]
         wrong = np.flatnonzero((chosen < start) | (chosen >= end))
         if len(wrong):
             self.verdict.fail("visible", f"{place}entry {wrong[0]} is {chosen[wrong[0]]}, expected {kept} visible positions")
@@ -183,11 +214,11 @@ class IndexJudge:
 
     def _row(self, row: int, facts: IndexFacts) -> None:
         topk = self.reference.topk
-        chosen = self.indices[row, : min(topk, len(facts.scores))].astype(np.int64) - facts.start
+        chosen = self.outputs["indices"][row, : min(topk, len(facts.scores))].astype(np.int64) - facts.start
         if len(facts.scores) > topk:
             self._certificate(row, facts, chosen)
         if self.scores is not None:
-            self._returned(row, facts, chosen)
+            self._returned(row, facts, chosen, self.scores[row, : len(chosen)])
 
     def _certificate(self, row: int, facts: IndexFacts, chosen: Array) -> None:
         scores, topk = facts.scores, self.reference.topk
@@ -232,10 +263,8 @@ class IndexJudge:
                 true_scores=facts.scores,
             )
 
-    def _returned(self, row: int, facts: IndexFacts, chosen: Array) -> None:
-        assert self.scores is not None
-        scores = facts.scores[chosen]
-        got = self.scores[row, : len(chosen)].astype(np.float64)
+    def _returned(self, row: int, facts: IndexFacts, chosen: Array, returned: Array) -> None:
+        scores, got = facts.scores[chosen], returned.astype(np.float64)
         error, allowed = abs(got - scores), facts.bound[chosen]
         # A NaN must count as an error: nothing compares greater than it.
         bad = ~(error <= allowed)
@@ -254,7 +283,7 @@ class IndexJudge:
             )
         self.square_error += float((error**2).sum())
         self.square_score += float((scores**2).sum())
-        self.square_error_emulated += float(((facts.emulated[chosen] - scores) ** 2).sum())
+        self.square_error_emulated += max(float(((own[chosen] - scores) ** 2).sum()) for own in facts.emulated)
         self.compared += len(chosen)
 
     def _population(self) -> None:
@@ -281,3 +310,21 @@ class IndexJudge:
                     f"RMS error of returned scores is {error:.4g}, where the emulator has {own:.4g} and {allowed:.4g} is "
                     "allowed",
                 )
+
+
+class ScoresJudge(IndexJudge):
+    """The same of index_scores: -inf where the row does not see, and every score where it does."""
+
+    def _structure(self, row: int) -> bool:
+        start, end, place = self._seen(row)
+        scores = self.outputs["scores"][row]
+        wrong = scores != -np.inf
+        wrong[start:end] = False
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            self.verdict.fail("tail", f"{place}the score of position {at} is {scores[at]:.9g}, expected -inf")
+        return not wrong.any()
+
+    def _row(self, row: int, facts: IndexFacts) -> None:
+        every = np.arange(len(facts.scores))
+        self._returned(row, facts, every, self.outputs["scores"][row, facts.start : facts.start + len(every)])

@@ -20,8 +20,11 @@ from dsa_portable.conformance.report.schema import (
     tally,
 )
 from dsa_portable.contract import Capabilities, Feature
-from dsa_portable.operators import FEATURES
+from dsa_portable.operators import FEATURES, REQUESTS
 from dsa_portable.profile import ENVELOPE_NAMES
+
+# Operators that select: a row that sees no more keys than topk proves nothing about them.
+SELECTING = ("lightning_index", "index_select")
 
 
 def features_of(case: Case, call: Call) -> dict[str, Any]:
@@ -88,8 +91,12 @@ def claims(
 
 
 def level(earned: Sequence[Claim], rows: Sequence[CaseResult], frozen: lists.FrozenList) -> str | None:
-    """The list's level: every claim is granted, and all of the list ran without failure; a selection earns claims at most."""
-    if not earned or not all(claim.level for claim in earned) or exit_code_of(rows):
+    """The list's level: every claim is granted, one of a whole operator among them, and all of the list ran without failure.
+
+    A selection of the list earns claims at most, and so do kernels that are a part of an operator.
+    """
+    whole = any(not REQUESTS[claim.operator].part_of for claim in earned)
+    if not whole or not all(claim.level for claim in earned) or exit_code_of(rows):
         return None
     return f"{frozen.name} {'/'.join(sorted({claim.envelope or '' for claim in earned}))}"
 
@@ -126,6 +133,6 @@ def _obstacle(
             return f"no case of required feature '{feature.name}' passed"
     if lacking := [row.id for row in rows if row.claim_required and row.status is Status.UNSUPPORTED]:
         return f"required case {lacking[0]} is not supported"
-    if profile.operator == "lightning_index" and not any(row.selective_rows for row in rows if row.status is Status.PASS):
+    if profile.operator in SELECTING and not any(row.selective_rows for row in rows if row.status is Status.PASS):
         return "no passed case has a selective row, so nothing is proven about selection"
     return ""

@@ -1,4 +1,4 @@
-"""Both operators under torch.library, as `torch.ops.dsa_portable`: for torch.compile, torch.export and fake tensors.
+"""The two whole operators under torch.library, as `torch.ops.dsa_portable`: for torch.compile, torch.export and fake tensors.
 
 >>> from dsa_portable.faces import torch_library as dsa
 >>> indices = dsa.lightning_index(q, k, weights, k_scale=k_scale, topk=2048, batch=batch)
@@ -67,9 +67,9 @@ def _unread(q: torch.Tensor) -> Batch:
 
 
 _library = torch.library.Library("dsa_portable", "FRAGMENT")
-for _name, _checked in operators.REQUESTS.items():
-    _operator = getattr(operators, _name)
-    _library.define(_name + _SCHEMAS[_name])
+for _name, _schema in _SCHEMAS.items():
+    _operator, _checked = getattr(operators, _name), operators.REQUESTS[_name]
+    _library.define(_name + _schema)
     _library.impl(_name, _real(_operator), "CompositeExplicitAutograd")
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # no gradient flows
     torch.library.register_fake(f"dsa_portable::{_name}", _fake(_checked), lib=_library)

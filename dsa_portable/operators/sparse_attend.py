@@ -74,7 +74,7 @@ class AttendRequest(Request):
     value_dim: int = option(
         "int in 1 .. Dqk", "leading columns of kv that are the value", default=512, check=partial(count, largest="Dqk")
     )
-    batch: Batch = common.batch()
+    batch: Batch = common.batch(*common.STORED, *common.RAGGED)
     out: tuple[Array, ...] | None = common.out()
     kv_layout: str | None = option(
         "name of a KV cache layout or None", "how a packed kv is stored; never inferred", default=None
