@@ -18,6 +18,7 @@ from dsa_portable.conformance.execute.recording import Recording, Subject
 from dsa_portable.conformance.judging.lightning_index import IndexJudge, IndexReference
 from dsa_portable.conformance.judging.rules import Verdict
 from dsa_portable.conformance.judging.sparse_attend import AttendFacts, AttendJudge, AttendReference
+from dsa_portable.conformance.judging.triage import explain
 from dsa_portable.conformance.report import claims
 from dsa_portable.conformance.report.rows import row_of
 from dsa_portable.conformance.report.schema import CaseResult
@@ -38,14 +39,19 @@ def judge_calls(
     calls: Sequence[Call],
     outputs: Sequence[Outputs],
     profile_of: Callable[[Call], Profile],
+    explain: Callable[[Reference, Outputs, Verdict], str] | None = None,
 ) -> Verdict:
-    """Judge every call of a case by itself and by its own profile, then whether the calls agree."""
+    """Judge every call of a case by itself and by its own profile, then whether the calls agree.
+
+    `explain` adds words to the reason of the call that fails, and nothing else.
+    """
     verdict = Verdict()
     shared: dict[Any, AttendFacts] | None = {} if len(calls) > 1 else None
     for i, (call, found) in enumerate(zip(calls, outputs, strict=True)):
         if any(call is earlier for earlier in calls[:i]):
             continue  # A rerun: judged once, and compared below.
-        single = judge_call(case, call, found, reference_of(case, call, profile_of(call), shared))
+        reference = reference_of(case, call, profile_of(call), shared)
+        single = judge_call(case, call, found, reference)
         verdict.metrics = single.metrics | verdict.metrics
         for rows in ("selective_rows", "vacuous_rows"):
             if getattr(single, rows) is not None:
@@ -53,7 +59,7 @@ def judge_calls(
         if single.status != "PASS" and verdict.status == "PASS":
             where = f"call {i} of {len(calls)}: " if len(calls) > 1 else ""
             verdict.status, verdict.rule, verdict.arrays = single.status, single.rule, single.arrays
-            verdict.reason = where + single.reason
+            verdict.reason = where + single.reason + (explain(reference, found, single) if explain else "")
     if verdict.status == "PASS" and (reason := case.disagreement(calls, outputs)):
         verdict.fail("agreement", reason)
     return verdict
@@ -142,7 +148,7 @@ def _verdict(
         return Verdict("ERROR", "the worker's process made other inputs than the list has")
     if recording.changed_inputs:
         return Verdict.failed("inputs", f"the call wrote to its inputs: {', '.join(recording.changed_inputs)}")
-    return judge_calls(case, calls, outputs, lambda call: subject.profiles[call.operator, call.format, call.phase])
+    return judge_calls(case, calls, outputs, lambda call: subject.profiles[call.operator, call.format, call.phase], explain)
 
 
 def _worth_keeping(calls: Sequence[Call], outputs: Sequence[Outputs], verdict: Verdict) -> dict[str, np.ndarray[Any, Any]]:

@@ -132,10 +132,13 @@ class IndexJudge:
             verdict.metrics["spoilt_rows"] = reference.spoilt
         for row, facts in reference.rows.items():
             if wellformed[row]:
+                self.verdict.row = row
                 self._row(row, facts)
+        self.verdict.row = None
         self._population()
 
     def _structure(self, row: int) -> bool:
+        self.verdict.row = row
         topk = self.reference.topk
         start, end = self.reference.spans.get(row, (0, 0))
         kept = min(topk, end - start)

@@ -49,6 +49,8 @@ class Verdict:
     selective_rows: int | None = None
     vacuous_rows: int | None = None
     arrays: dict[str, Array] = field(default_factory=dict)
+    row: int | None = None  # that is being judged
+    rows: dict[int, str] = field(default_factory=dict)  # row that fails by itself -> the first rule it breaks
 
     @classmethod
     def failed(cls, rule: str, reason: str) -> Verdict:
@@ -60,6 +62,8 @@ class Verdict:
     def fail(self, rule: str, reason: str, **arrays: Any) -> None:
         """Record a broken rule; the first one gives the reason, and the arrays (row, truth, bound) kept for the engineer."""
         assert rule in RULES
+        if self.row is not None:
+            self.rows.setdefault(self.row, rule)
         if self.status != "FAIL":
             self.status, self.rule, self.reason = "FAIL", rule, reason
             self.arrays = {name: np.asarray(array) for name, array in arrays.items()}

@@ -93,11 +93,12 @@ class AttendJudge:
     def run(self) -> None:
         """Judge all rows, then the bias over the case."""
         for row in range(len(self.out)):
-            facts = self.reference.row(row)
+            facts, self.verdict.row = self.reference.row(row), row
             if facts is None:
                 self._empty(row, "padding row" if row not in self.reference.owners else "row without a valid index")
             else:
                 self._row(row, facts)
+        self.verdict.row = None
         if self.slopes:
             # Rows weigh alike: by energy, a few rows of few keys would outweigh all the long ones.
             bias, own = (float(np.mean(side)) for side in zip(*self.slopes, strict=True))
