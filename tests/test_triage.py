@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -11,9 +12,13 @@ import pytest
 
 from dsa_portable.conformance.cases.call import Outputs
 from dsa_portable.conformance.judging import triage
+from dsa_portable.conformance.judging.attend_mistakes import ATTEND, counted, tell
+from dsa_portable.conformance.judging.index_mistakes import INDEX
 from dsa_portable.conformance.judging.judge import judge_call, judge_calls, reference_of
+from dsa_portable.conformance.judging.mistake import HONEST, Row
 from dsa_portable.conformance.judging.rules import Verdict
 from dsa_portable.conformance.selftest import matrix
+from dsa_portable.conformance.selftest import triage as measured
 from dsa_portable.conformance.selftest.inputs import INPUTS
 
 
@@ -40,24 +45,80 @@ def explained(outputs: Outputs, name: str) -> tuple[Verdict, str]:
     return verdict, words
 
 
-# On these inputs, each planted fault is told from every mistake of the table but its own.
-ATTEND = {
-    "A4": ("attend-bf16-decode-paged64", "-1 is read as key 0"),
-    "A3": ("attend-bf16-decode-paged64", "-1 is read as the last key"),
-    "A40": ("attend-bf16-decode-paged64", "entries behind the first -1 are dropped"),
-    "A5": ("attend-bf16-decode-paged64", "the rotated part of the keys is dropped from the logits"),
-    "A36": ("attend-bf16-decode-paged64", "a row is NaN where a leading block of its entries is all holes"),
-    "A17": ("attend-bf16-prefill-sink", "the sink is counted twice"),
-    "A19": ("attend-bf16-decode-lse", "lse is to base 2"),
-}
+# Faults of both operators, on small inputs that few others share; the whole list is behind the marker `slow`.
+SOME = ("A4", "A40", "A5", "A36", "I4", "I86", "I27", "I16", "I84")
 
 
-@pytest.mark.parametrize("code", ATTEND)
-def test_a_planted_fault_is_named(code: str) -> None:
-    name, words = ATTEND[code]
+def check_named(codes: Iterable[str]) -> list[measured.Named]:
+    """Named rightly, or not at all, and never otherwise than by the table of the selftest."""
+    found = [*measured.named(codes)]
+    assert [(one.code, one.words) for one in found if one.right is False] == []
+    return found
+
+
+def test_planted_faults_are_named() -> None:
+    assert [one.code for one in check_named(SOME) if not one.right] == []
+
+
+@pytest.mark.slow
+def test_most_planted_faults_are_named_and_none_wrongly() -> None:
+    found = check_named(())
+    assert sum(one.right is True for one in found) >= 0.8 * len(found)
+
+
+def test_each_mistake_has_a_name_and_the_selftest_knows_it() -> None:
+    for table, first in ((ATTEND, "A"), (INDEX, "I")):
+        names = [mistake.name for mistake in table]
+        assert len(names) == len(set(names))
+        known = {name for code, name in measured.FAULTS.items() if code.startswith(first)}
+        assert known <= {*names, "scale fitted"}
+    assert set(measured.FAULTS) <= set(matrix.FAULTS)
+
+
+@pytest.mark.parametrize(
+    ("code", "name", "words"),
+    [
+        ("A4", "attend-bf16-decode-paged64", "; looks like: -1 is read as key 0"),
+        ("A36", "attend-bf16-decode-paged64", "; looks like: a row is NaN where a leading block of its entries is all holes"),
+        ("I86", "index-e4m3-f32-f32-decode-lengths", "; looks like: the key scale is that of the next key"),
+    ],
+)
+def test_what_is_said(code: str, name: str, words: str) -> None:
     verdict, found = explained(outputs_of(code, name), name)
     assert verdict.status == "FAIL"
-    assert found == f"; looks like: {words}"
+    assert found == words
+
+
+def test_a_nan_has_a_rule_of_its_own() -> None:
+    name = "attend-bf16-decode-paged64"
+    verdict, _ = explained(outputs_of("A36", name), name)
+    assert verdict.rule == "nan"
+    assert "is nan, expected" in verdict.reason
+    assert "no operand that counts is NaN or infinite" in verdict.reason
+
+
+def test_softmax_scale_is_found_where_it_is_no_number_of_the_table() -> None:
+    name = "attend-bf16-decode-paged64"
+    found = explained(outputs_of("A28", name), name)[1]
+    assert found == "; looks like: softmax_scale is 0.1359, where 0.1352 is passed"
+
+
+def test_an_entry_that_makes_the_difference_is_named() -> None:
+    """The entry of the largest probability, left out of one row, and counted twice in it."""
+    name = "attend-bf16-decode-paged64"
+    _, call, reference = against(name)
+    row = next(row for row in reference.owners if row > 0 and reference.row(row) is not None)
+    told = tell(Row(call, row, reference.owners[row]), HONEST, reference.profile, np.arange(call.arrays["q"].shape[1]))
+    assert told.operands is not None
+    p, values = told.operands.p, told.operands.values
+    entries = np.flatnonzero(counted(Row(call, row, reference.owners[row])))
+    j = int(np.argmax(p.min(axis=0)))
+    position = call.arrays["indices"][row][entries[j]]
+    for sign, what in ((-1, "left out"), (1, "counted twice")):
+        out = np.array(outputs_of(matrix.HONEST, name)["out"])
+        changed = (told.out + sign * p[:, j : j + 1] * values[j]) / (1 + sign * p[:, j : j + 1])
+        out[row] = changed.astype(out.dtype)
+        assert explained({"out": out}, name)[1] == f"; as if entry {entries[j]} (position {position}) of row {row} were {what}"
 
 
 def test_an_honest_kernel_gets_no_words() -> None:

@@ -40,20 +40,23 @@ class Told:
 
 def tell(row: Row, mistake: Mistake, profile: Profile, heads: Array) -> Told:
     """The row's truth under a mistake of a stage before `results`."""
-    if mistake.stage == "request":
-        row = mistake.change(row, row)
     call = row.call
+    if mistake.stage == "request":
+        other = mistake.change(row, row)
+        if other is None:
+            return _nothing(row, heads)
+        row = other
     context = int(mistake.at(row, "context", row.context))
     entries = mistake.at(row, "entries", call.arrays["indices"][row.row].astype(np.int64))
     count = mistake.at(row, "count", int(call.arrays["topk_length"][row.row]) if "topk_length" in call.arrays else len(entries))
-    inside, counted = (entries >= 0) & (entries < context), np.arange(len(entries)) < count
-    positions = mistake.at(row, "positions", entries[inside & counted])
+    inside, read = (entries >= 0) & (entries < context), np.arange(len(entries)) < count
+    positions = mistake.at(row, "positions", entries[inside & read])
     q = mistake.at(row, "q", call.arrays["q"][row.row].astype(np.float64))[heads]
     scale, width = float(mistake.at(row, "scale", call.options["softmax_scale"])), int(call.options["value_dim"])
     sink = call.arrays.get("attn_sink")
     sink = None if sink is None else mistake.at(row, "sink", sink.astype(np.float64))[heads]
     if not len(positions):
-        return Told(np.zeros((len(q), width)), np.full(len(q), -np.inf), heads, None)
+        return _nothing(row, heads)
     if mistake.stage in ("", "q", "scale", "sink", "kv"):
         kv = mistake.at(row, "kv", _honest_kv(row))
     else:
@@ -65,10 +68,14 @@ def tell(row: Row, mistake: Mistake, profile: Profile, heads: Array) -> Told:
     return Told(out, lse, heads, bounds.Operands(q, kv, scale, width, p, out, lse, unit), sink, positions)
 
 
+def _nothing(row: Row, heads: Array) -> Told:
+    return Told(np.zeros((len(heads), int(row.call.options["value_dim"]))), np.full(len(heads), -np.inf), heads, None)
+
+
 @lru_cache(maxsize=1)
 def _honest_kv(row: Row) -> Array:
     entries = row.call.arrays["indices"][row.row].astype(np.int64)
-    return _held(row, HONEST, row.slots(entries[_counted(row)]))
+    return _held(row, HONEST, row.slots(entries[counted(row)]))
 
 
 def _held(row: Row, mistake: Mistake, slots: Array) -> Array:
@@ -108,25 +115,26 @@ def _nan_if(condition: Any) -> Any:
     return change
 
 
-def _counted(row: Row) -> Array:
+def counted(row: Row) -> Array:
+    """Which entries of a row count."""
     entries = row.call.arrays["indices"][row.row].astype(np.int64)
     count = int(row.call.arrays["topk_length"][row.row]) if "topk_length" in row.call.arrays else len(entries)
     return np.asarray((entries >= 0) & (entries < row.context) & (np.arange(len(entries)) < count))
 
 
 def _first_block_empty(size: int) -> Any:
-    return _nan_if(lambda row, told: not _counted(row)[:size].any())
+    return _nan_if(lambda row, told: not counted(row)[:size].any())
 
 
 def _some_block_empty(size: int) -> Any:
-    return _nan_if(lambda row, told: not np.logical_or.reduceat(_counted(row), np.arange(0, len(_counted(row)), size)).all())
+    return _nan_if(lambda row, told: not np.logical_or.reduceat(counted(row), np.arange(0, len(counted(row)), size)).all())
 
 
 def _unread_is_nan(slot: Any) -> Any:
     """An entry that does not count is read all the same, from a slot that holds NaN, and multiplied by 0."""
 
     def condition(row: Row, told: Told) -> bool:
-        if _counted(row).all():
+        if counted(row).all():
             return False
         return bool(np.isnan(_held(row, HONEST, np.array([slot(row)]))).any())
 
@@ -135,7 +143,7 @@ def _unread_is_nan(slot: Any) -> Any:
 
 def _masked_nan(row: Row, told: Told) -> Told:
     entries = row.call.arrays["indices"][row.row].astype(np.int64)
-    read = (entries >= 0) & (entries < row.context) & ~_counted(row)
+    read = (entries >= 0) & (entries < row.context) & ~counted(row)
     if not read.any():
         return told
     held = _held(row, HONEST, row.slots(entries[read]))
@@ -249,10 +257,10 @@ def _truncated(row: Row, told: Told) -> Told:
     return _with(told, cut.astype(np.float64)) if told.operands is not None else told
 
 
-def _overflows(row: Row, told: Told) -> Told:
-    if told.operands is None:
-        return told
-    return _with(told, np.where((abs(_top(told)) > 88.7)[:, None], np.nan, told.out))
+def _no_maximum(told: Told) -> Array:
+    """In float32, where exp of what is not near 0 is infinite or 0."""
+    shares, values = np.exp(told.logits.astype(np.float32)), _operands(told).values.astype(np.float32)
+    return np.asarray(_keys_part(told)[:, None] * (shares @ values / shares.sum(axis=1, keepdims=True)))
 
 
 def _lse_transposed(row: Row, told: Told) -> Told:
@@ -301,10 +309,11 @@ def _as_fnuz(row: Row, parts: Any) -> Any:
     return parts._replace(values=parts.values.view(ml_dtypes.float8_e4m3fnuz))
 
 
-def _rows_divided(row: Row, _: Any) -> Row:
-    """The rows are thought to be divided evenly among the requests."""
-    each = max(1, int(row.call.batch["cu_seqlens_q"][-1]) // len(row.lengths))
-    return row.of(row.row, min(row.row // each, len(row.lengths) - 1))
+def _rows_divided(row: Row, _: Any) -> Row | None:
+    """The rows are thought to be divided evenly among the requests; what is left over is not computed."""
+    each = int(row.call.batch["cu_seqlens_q"][-1]) // len(row.lengths)
+    request = row.row // each if each else len(row.lengths)
+    return row.of(row.row, request) if request < len(row.lengths) else None
 
 
 def _in_key_range(row: Row, positions: Array) -> Array:
@@ -376,20 +385,20 @@ LEADING = "a row is NaN where a leading block of its entries is all holes"
 # fmt: off
 ATTEND: tuple[Mistake, ...] = (
     # --- which entries count ---
-    Mistake("hole is key 0", "-1 is read as key 0", "entries", lambda row, e: np.where(e == -1, 0, e), TOO_MANY),
-    Mistake("hole is last key", "-1 is read as the last key", "entries", lambda row, e: np.where(e == -1, row.context - 1, e), TOO_MANY),
+    Mistake("hole is key 0", "-1 is read as key 0", "entries", lambda row, e: np.where(e == -1, 0, e), (TOO_MANY,)),
+    Mistake("hole is last key", "-1 is read as the last key", "entries", lambda row, e: np.where(e == -1, row.context - 1, e), (TOO_MANY,)),
     Mistake("hole ends row", "entries behind the first -1 are dropped", "entries", lambda row, e: e[np.logical_and.accumulate(e != -1)]),
-    Mistake("beyond wraps", "only -1 is skipped, and an index past the request's end wraps", "entries", _only_minus_one(lambda e, n: e % n), TOO_MANY),
-    Mistake("beyond clamps", "only -1 is skipped, and an index past the request's end is clamped", "entries", _only_minus_one(lambda e, n: e.clip(0, n - 1)), TOO_MANY),
-    Mistake("beyond followed", "an index past the request's end is followed", "context", lambda row, n: 1 << 40, TOO_MANY),
+    Mistake("beyond wraps", "only -1 is skipped, and an index past the request's end wraps", "entries", _only_minus_one(lambda e, n: e % n), (TOO_MANY,)),
+    Mistake("beyond clamps", "only -1 is skipped, and an index past the request's end is clamped", "entries", _only_minus_one(lambda e, n: e.clip(0, n - 1)), (TOO_MANY,)),
+    Mistake("beyond followed", "an index past the request's end is followed", "context", lambda row, n: 1 << 40, (TOO_MANY,)),
     Mistake("repeated once", "an index that stands there twice counts once", "positions", lambda row, p: np.unique(p)),
-    Mistake("dense", "the indices are ignored: attention is dense", "positions", lambda row, p: np.arange(row.context)),
+    Mistake("dense", "the indices are ignored: attention is dense", "positions", lambda row, p: np.arange(row.context), (ELSEWHERE,)),
     Mistake("causal again", "a causal mask is laid over the selected keys", "entries", lambda row, e: np.where(e < row.visible, e, -1)),
     Mistake("masked by row", "a causal mask by row number, aligned top-left, is laid over the selected keys", "entries", lambda row, e: np.where(e < row.row - row.first + 1, e, -1)),
     Mistake("visible entries", "entries past the number of visible keys are not read", "count", lambda row, n: min(n, row.visible)),
     Mistake("key range", "key_start and key_end are applied to the selected keys", "positions", _in_key_range),
-    Mistake("topk_length ignored", "topk_length is ignored", "count", lambda row, n: 1 << 30, TOO_MANY),
-    Mistake("topk_length per request", "topk_length is read at the request's number, not the row's", "count", _length_read_per_request, TOO_MANY),
+    Mistake("topk_length ignored", "topk_length is ignored", "count", lambda row, n: 1 << 30, (TOO_MANY,)),
+    Mistake("topk_length per request", "topk_length is read at the request's number, not the row's", "count", _length_read_per_request, (TOO_MANY,)),
     *(Mistake(f"last {n} entries", f"the last {n} entries are dropped", "count", _fewer(n)) for n in (16, 32, 64, 128)),
     *(Mistake(f"blocks of {n}", f"entries behind the last whole block of {n} are dropped", "count", _whole(n)) for n in (16, 32, 64, 128)),
     Mistake("first entry", "the first entry that counts is dropped", "positions", lambda row, p: p[1:]),
@@ -406,7 +415,7 @@ ATTEND: tuple[Mistake, ...] = (
     Mistake("logits float16", "logits are rounded to float16", "results", _softmax(lambda x: _exp(rounded(x, "float16").astype(np.float64)))),
     Mistake("logits bfloat16", "logits are rounded to bfloat16", "results", _softmax(lambda x: _exp(_bf16(x)))),
     Mistake("exp2", "2^x stands for e^x in the softmax", "results", _softmax(lambda x: np.exp2(x - x.max(axis=1, keepdims=True)))),
-    Mistake("exp overflows", "exp overflows, as where no maximum is subtracted", "results", _overflows, OVERFLOW),
+    Mistake("exp overflows", "exp overflows, as where no maximum is subtracted", "results", _out(_no_maximum), (OVERFLOW,)),
     # --- the sum over keys ---
     Mistake("not rescaled", "the accumulator is not rescaled when the maximum rises", "results", _shares(_not_rescaled)),
     Mistake("accumulator bfloat16", "the output is accumulated in bfloat16", "results", _accumulated("bfloat16")),
@@ -418,12 +427,12 @@ ATTEND: tuple[Mistake, ...] = (
     Mistake("merge base 2", "splits are merged by 2^lse, though each lse is natural", "results", _out(_merged_base_two)),
     Mistake("normaliser missing", "the output is not divided by the normaliser", "results", _out(lambda t: t.out * np.exp(t.lse - _top(t))[:, None])),
     # --- NaN ---
-    *(Mistake(f"block of {n} empty", f"a row is NaN where its first {n} entries are all holes", "results", _first_block_empty(n), LEADING) for n in (16, 32, 64, 128)),
+    *(Mistake(f"block of {n} empty", f"a row is NaN where its first {n} entries are all holes", "results", _first_block_empty(n), (LEADING,)) for n in (16, 32, 64, 128)),
     *(Mistake(f"some block of {n} empty", f"a row is NaN where a block of {n} of its entries is all holes", "results", _some_block_empty(n)) for n in (16, 32, 64, 128)),
-    Mistake("slot 0", "the unread slot 0 of the memory, which holds NaN, enters for entries that do not count", "results", _unread_is_nan(lambda row: 0), TOO_MANY),
-    Mistake("masked NaN", "a NaN that entries past topk_length name enters, as by 0 * NaN", "results", _masked_nan, TOO_MANY),
+    Mistake("slot 0", "the unread slot 0 of the memory, which holds NaN, enters for entries that do not count", "results", _unread_is_nan(lambda row: 0), (TOO_MANY,)),
+    Mistake("masked NaN", "a NaN that entries past topk_length name enters, as by 0 * NaN", "results", _masked_nan, (TOO_MANY,)),
     Mistake("sink inf", "NaN where the sink is +inf", "results", _nan_if(lambda row, t: False if t.sink is None else t.sink == np.inf)),
-    Mistake("exp(lse)", "NaN where exp(lse) overflows", "results", _nan_if(lambda row, t: t.lse > 88.7), OVERFLOW),
+    Mistake("exp(lse)", "NaN where exp(lse) overflows", "results", _nan_if(lambda row, t: t.lse > 88.7), (OVERFLOW,)),
     # --- rows without a valid entry ---
     Mistake("empty row NaN", "a row without a valid index is NaN", "results", _of_empty(out=np.nan, lse=np.nan)),
     Mistake("empty row key 0", "a row without a valid index attends to key 0", "positions", lambda row, p: p if len(p) or not row.context else np.zeros(1, np.int64)),
@@ -458,16 +467,16 @@ ATTEND: tuple[Mistake, ...] = (
     Mistake("fnuz", "e4m3fn codes are decoded as e4m3fnuz", "parts", _as_fnuz),
     Mistake("subnormals", "float8 subnormals are decoded as 0", "codes", lambda row, c: np.where(abs(c) < 2.0**-6, 0, c)),
     # --- where a key lies ---
-    Mistake("last page stale", "the request's last page is read from the one before", "slots", _last_page_stale, ELSEWHERE),
-    Mistake("no table", "the block table, or the request's offset, is ignored: an index is taken as a slot", "slots", lambda row, p: p, ELSEWHERE),
-    Mistake("neighbour's pages", "the neighbour request's pages are read", "slots", lambda row, p: row.looked_up(p, row.page_size, row.request + 1), ELSEWHERE),
-    Mistake("page size 64", "the page size is taken to be 64", "slots", lambda row, p: row.looked_up(p, 64), ELSEWHERE),
-    Mistake("page size 2^n", "the page size is rounded down to a power of two", "slots", lambda row, p: row.looked_up(p, 1 << row.page_size.bit_length() - 1), ELSEWHERE),
-    Mistake("table stride", "the block table's rows are taken to be as long as the longest request needs", "slots", _table_stride, ELSEWHERE),
-    Mistake("first of page", "the first key of a page is read for all of its keys", "slots", lambda row, p: row.slots(p // row.page_size * row.page_size), ELSEWHERE),
-    Mistake("offset wraps", "a 32-bit element offset wraps", "slots", lambda row, p: _wrapped(row, row.slots(p)), ELSEWHERE),
-    Mistake("whole pages", "seqlens_k is rounded up to whole pages", "context", lambda row, n: -(-n // row.page_size) * row.page_size, TOO_MANY),
-    Mistake("length from offsets", "seqlens_k is ignored: the length is taken from cu_seqlens_k", "context", _key_length_from_offsets, TOO_MANY),
-    Mistake("longest for all", "the longest request's length is used for all", "context", lambda row, n: int(row.lengths.max()), TOO_MANY),
+    Mistake("last page stale", "the request's last page is read from the one before", "slots", _last_page_stale, (ELSEWHERE,)),
+    Mistake("no table", "the block table, or the request's offset, is ignored: an index is taken as a slot", "slots", lambda row, p: p, (ELSEWHERE,)),
+    Mistake("neighbour's pages", "the neighbour request's pages are read", "slots", lambda row, p: row.looked_up(p, row.page_size, row.request + 1), (ELSEWHERE,)),
+    Mistake("page size 64", "the page size is taken to be 64", "slots", lambda row, p: row.looked_up(p, 64), (ELSEWHERE,)),
+    Mistake("page size 2^n", "the page size is rounded down to a power of two", "slots", lambda row, p: row.looked_up(p, 1 << row.page_size.bit_length() - 1), (ELSEWHERE,)),
+    Mistake("table stride", "the block table's rows are taken to be as long as the longest request needs", "slots", _table_stride, (ELSEWHERE,)),
+    Mistake("first of page", "the first key of a page is read for all of its keys", "slots", lambda row, p: row.slots(p // row.page_size * row.page_size), (ELSEWHERE,)),
+    Mistake("offset wraps", "a 32-bit element offset wraps", "slots", lambda row, p: _wrapped(row, row.slots(p)), (ELSEWHERE,)),
+    Mistake("whole pages", "seqlens_k is rounded up to whole pages", "context", lambda row, n: -(-n // row.page_size) * row.page_size, (TOO_MANY,)),
+    Mistake("length from offsets", "seqlens_k is ignored: the length is taken from cu_seqlens_k", "context", _key_length_from_offsets, (TOO_MANY,)),
+    Mistake("longest for all", "the longest request's length is used for all", "context", lambda row, n: int(row.lengths.max()), (TOO_MANY,)),
 )
 # fmt: on

@@ -22,18 +22,18 @@ Change: TypeAlias = Callable[[Any, Any], Any]
 class Mistake:
     """`words` complete "looks like: ..."; `change(row, value)` is what the stage has for its value.
 
-    `group` is said where several fit and all are of it: the case cannot tell them apart.
+    One of its `groups` is said where several fit and all are of it: the case cannot tell them apart.
     """
 
     name: str
     words: str
     stage: str
     change: Change
-    group: str = ""
+    groups: tuple[str, ...] = ()
 
     def at(self, row: Row, stage: str, value: Any) -> Any:
         """The value of a stage, changed where it is this mistake's."""
-        return self.change(row, value) if stage == self.stage else value
+        return self.change(row, value) if stage in self.stage.split(" and ") else value
 
 
 HONEST = Mistake("", "", "", lambda row, value: value)

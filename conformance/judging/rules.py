@@ -27,6 +27,7 @@ RULES: Mapping[str, tuple[str, str]] = MappingProxyType(
         "score rms": ("3.3", "returned scores err as those of honest kernels do"),
         "ties": ("6", "of equal scores the lowest positions, where that is declared"),
         "empty row": ("2", "out is 0 and lse -inf in rows without a valid index"),
+        "nan": ("2", "out and lse are numbers where no operand that counts is NaN or infinite"),
         "exact": ("5", "bit equality where nothing can round"),
         "bound": ("4.1", "out lies within a proven bound"),
         "rms": ("4.2", "the error of a row and head is that of honest kernels"),
