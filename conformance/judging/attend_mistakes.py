@@ -401,6 +401,9 @@ ATTEND: tuple[Mistake, ...] = (
     Mistake("topk_length per request", "topk_length is read at the request's number, not the row's", "count", _length_read_per_request, (TOO_MANY,)),
     *(Mistake(f"last {n} entries", f"the last {n} entries are dropped", "count", _fewer(n)) for n in (16, 32, 64, 128)),
     *(Mistake(f"blocks of {n}", f"entries behind the last whole block of {n} are dropped", "count", _whole(n)) for n in (16, 32, 64, 128)),
+    Mistake("key 0 skipped", "key 0 is skipped, as if 0 were no position", "entries", lambda row, e: np.where(e == 0, -1, e)),
+    Mistake("last key skipped", "the request's last key is skipped", "entries", lambda row, e: np.where(e == row.context - 1, -1, e)),
+    Mistake("count + 1", "one entry past topk_length is read", "count", lambda row, n: n + 1),
     Mistake("first entry", "the first entry that counts is dropped", "positions", lambda row, p: p[1:]),
     Mistake("last entry", "the last entry that counts is dropped", "positions", lambda row, p: p[:-1]),
     *(Mistake(f"last of {n} splits", f"the last of {n} splits is missing", "positions", _all_but_last_of(n)) for n in (2, 4, 8)),
@@ -455,6 +458,7 @@ ATTEND: tuple[Mistake, ...] = (
     # --- rows and heads ---
     Mistake("heads swapped", "two neighbouring heads are swapped", "q", lambda row, q: np.concatenate([q[1::-1], q[2:]])),
     Mistake("heads repeat", "heads from 64 on repeat the first ones", "q", lambda row, q: q[np.arange(len(q)) % 64]),
+    Mistake("not written", "rows are not computed, but zero", "results", _not_written),
     Mistake("last row", "the last row of a request is not computed, but zero", "results", _last_row_not_written),
     Mistake("rows divided", "rows are divided evenly among requests, whatever cu_seqlens_q says", "request", _rows_divided),
     Mistake("padding", "padding rows are computed", "padding", lambda row, value: value),

@@ -464,6 +464,7 @@ INDEX: tuple[Mistake, ...] = (
     Mistake("scores by score", "returned scores stand in another order than the entries", "written", _scores_by_score),
     Mistake("rows swapped", "neighbouring rows are swapped", "row", _neighbour),
     Mistake("first row for all", "a request's decode rows repeat its first row's result", "row", _first_row),
+    Mistake("not written", "rows are not computed, but all tail", "written", _nothing),
     Mistake("last rows dropped", "rows behind the last whole tile of 16 are not computed", "written", _last_rows_dropped),
     Mistake("padding", "padding rows hold a selection", "padding", lambda row, value: value),
     # --- pages and requests ---

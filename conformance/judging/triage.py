@@ -6,7 +6,7 @@ It only adds words to a reason. It sees no backend and changes no verdict, and w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, TypeAlias
 
@@ -67,6 +67,9 @@ def matching(reference: IndexReference | AttendReference, outputs: Outputs, verd
         found = [mistake for mistake in suspects.table if all(suspects.fits(mistake, row) for row in (*evidence, *passing))]
         if not found and isinstance(suspects, AttendSuspects) and (fitted := suspects.fitted_scale(evidence[0])):
             found = [fitted] if all(suspects.fits(fitted, row) for row in (*evidence, *passing)) else []
+        if not any(suspects.has_numbers(row) for row in evidence):
+            # Whatever reads a NaN returns the same: of wrong addresses, say that they are.
+            found = [replace(mistake, words=mistake.groups[0]) if mistake.groups else mistake for mistake in found]
         return found
 
 
@@ -131,6 +134,10 @@ class AttendSuspects:
         error = np.linalg.norm(np.nan_to_num(got - told.out), axis=1)
         limit = bounds.KAPPA * np.maximum(floor, self._yardstick(row, told))
         return bool((error <= np.where(np.isnan(limit), np.inf, limit)).all())
+
+    def has_numbers(self, row: int) -> bool:
+        """Whether the row says more than that something was NaN."""
+        return not bool(np.isnan(self.outputs["out"][row][self.heads(row)].astype(np.float64)).all())
 
     def fitted_scale(self, row: int) -> Mistake | None:
         """The softmax_scale that would explain the row's out best, as a mistake, if there is one."""
@@ -247,6 +254,11 @@ class IndexSuspects:
             lambda row: Row(reference.call, row, self.owners.get(row, len(reference.call.batch["seqlens_k"]) - 1))
         )
         self.honest = cache(lambda row: self._chosen(row, HONEST))
+
+    @staticmethod
+    def has_numbers(row: int) -> bool:
+        """Positions always say something."""
+        return True
 
     def _chosen(self, row: int, mistake: Mistake) -> Chosen:
         return choose(self.told_again(row), mistake, self.reference.profile, self.reference.exact)
