@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, TypeAlias
 
 import ml_dtypes
@@ -18,6 +17,7 @@ from dsa_portable.profile import UNIT_ROUNDOFF, Profile
 
 Array: TypeAlias = np.ndarray[Any, Any]
 LN2 = float(np.log(2))
+LONGEST = 1 << 14  # keys of a dense row that is told again: more would cost too much memory
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,11 @@ def _nothing(row: Row, heads: Array) -> Told:
     return Told(np.zeros((len(heads), int(row.call.options["value_dim"]))), np.full(len(heads), -np.inf), heads, None)
 
 
-@lru_cache(maxsize=1)
 def _honest_kv(row: Row) -> Array:
-    entries = row.call.arrays["indices"][row.row].astype(np.int64)
-    return _held(row, HONEST, row.slots(entries[counted(row)]))
+    if "kv" not in row.memo:
+        entries = row.call.arrays["indices"][row.row].astype(np.int64)
+        row.memo["kv"] = _held(row, HONEST, row.slots(entries[counted(row)]))
+    return np.asarray(row.memo["kv"])
 
 
 def _held(row: Row, mistake: Mistake, slots: Array) -> Array:
@@ -379,6 +380,7 @@ def _lse_without_one_of(n: int) -> Any:
 # What is said where the case cannot tell the mistakes of a kind apart.
 ELSEWHERE = "keys are read from slots that no entry of the row names"
 TOO_MANY = "entries that do not count enter"
+BLOCKS = "entries behind the last whole block are dropped"
 OVERFLOW = "exp overflows"
 LEADING = "a row is NaN where a leading block of its entries is all holes"
 
@@ -392,7 +394,7 @@ ATTEND: tuple[Mistake, ...] = (
     Mistake("beyond clamps", "only -1 is skipped, and an index past the request's end is clamped", "entries", _only_minus_one(lambda e, n: e.clip(0, n - 1)), (TOO_MANY,)),
     Mistake("beyond followed", "an index past the request's end is followed", "context", lambda row, n: 1 << 40, (TOO_MANY,)),
     Mistake("repeated once", "an index that stands there twice counts once", "positions", lambda row, p: np.unique(p)),
-    Mistake("dense", "the indices are ignored: attention is dense", "positions", lambda row, p: np.arange(row.context), (ELSEWHERE,)),
+    Mistake("dense", "the indices are ignored: attention is dense", "positions", lambda row, p: np.arange(row.context) if row.context <= LONGEST else p, (ELSEWHERE,)),
     Mistake("causal again", "a causal mask is laid over the selected keys", "entries", lambda row, e: np.where(e < row.visible, e, -1)),
     Mistake("masked by row", "a causal mask by row number, aligned top-left, is laid over the selected keys", "entries", lambda row, e: np.where(e < row.row - row.first + 1, e, -1)),
     Mistake("visible entries", "entries past the number of visible keys are not read", "count", lambda row, n: min(n, row.visible)),
@@ -400,7 +402,7 @@ ATTEND: tuple[Mistake, ...] = (
     Mistake("topk_length ignored", "topk_length is ignored", "count", lambda row, n: 1 << 30, (TOO_MANY,)),
     Mistake("topk_length per request", "topk_length is read at the request's number, not the row's", "count", _length_read_per_request, (TOO_MANY,)),
     *(Mistake(f"last {n} entries", f"the last {n} entries are dropped", "count", _fewer(n)) for n in (16, 32, 64, 128)),
-    *(Mistake(f"blocks of {n}", f"entries behind the last whole block of {n} are dropped", "count", _whole(n)) for n in (16, 32, 64, 128)),
+    *(Mistake(f"blocks of {n}", f"entries behind the last whole block of {n} are dropped", "count", _whole(n), (BLOCKS,)) for n in (16, 32, 64, 128)),
     Mistake("key 0 skipped", "key 0 is skipped, as if 0 were no position", "entries", lambda row, e: np.where(e == 0, -1, e)),
     Mistake("last key skipped", "the request's last key is skipped", "entries", lambda row, e: np.where(e == row.context - 1, -1, e)),
     Mistake("count + 1", "one entry past topk_length is read", "count", lambda row, n: n + 1),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import ml_dtypes
@@ -109,9 +109,11 @@ def written(row: Row, scored: Scored, places: Array) -> Chosen:
     return Chosen(indices, scores, places, of, scored)
 
 
-@lru_cache(maxsize=1)
 def _honest_operands(row: Row) -> _Operands:
-    return _operands(row, HONEST)
+    if "operands" not in row.memo:
+        row.memo["operands"] = _operands(row, HONEST)
+    found: _Operands = row.memo["operands"]
+    return found
 
 
 def _operands(row: Row, mistake: Mistake) -> _Operands:

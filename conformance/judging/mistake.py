@@ -6,7 +6,7 @@ Every address is folded into the memory that exists, so that no mistake can read
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -46,6 +46,7 @@ class Row:
     call: Call
     row: int
     request: int
+    memo: dict[str, Any] = field(default_factory=dict)  # what is the same under most mistakes
 
     @property
     def first(self) -> int:

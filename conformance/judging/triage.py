@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -25,6 +25,8 @@ from dsa_portable.profile import UNIT_ROUNDOFF
 Array: TypeAlias = np.ndarray[Any, Any]
 # Rows and heads that are told again: of a case's many they are enough to tell mistakes apart, and few enough to be cheap.
 FAILING, PASSING, HEADS = 8, 4, 3
+# Keys of an index row that is told again: all heads' products of one row are in memory at once.
+LONGEST = 1 << 17
 
 
 def explain(reference: IndexReference | AttendReference, outputs: Outputs, verdict: Verdict) -> str:
@@ -52,6 +54,8 @@ def matching(reference: IndexReference | AttendReference, outputs: Outputs, verd
     with np.errstate(all="ignore"):
         suspects: IndexSuspects | AttendSuspects
         if isinstance(reference, IndexReference):
+            if int(reference.call.batch["seqlens_k"].max(initial=0)) > LONGEST:
+                return []
             suspects = IndexSuspects(reference, outputs, strict=verdict.rule == "ties")
         else:
             suspects = AttendSuspects(reference, outputs)
@@ -60,14 +64,20 @@ def matching(reference: IndexReference | AttendReference, outputs: Outputs, verd
         passing = (
             [] if verdict.rule == "ties" else _spread([row for row in suspects.owners if row not in verdict.rows], PASSING)
         )
-        # A row that an honest kernel could return, as far as is looked at here, is no evidence.
-        evidence = [row for row in failing if not suspects.fits(HONEST, row)]
+        found, evidence, numbers = list(suspects.table), list[int](), False
+        for row in failing:
+            # A row that an honest kernel could return, as far as is looked at here, is no evidence.
+            if found and not suspects.fits(HONEST, row):
+                evidence.append(row)
+                numbers = numbers or suspects.has_numbers(row)
+                found = [mistake for mistake in found if suspects.fits(mistake, row)]
         if not evidence:
             return []
-        found = [mistake for mistake in suspects.table if all(suspects.fits(mistake, row) for row in (*evidence, *passing))]
+        for row in passing:
+            found = [mistake for mistake in found if suspects.fits(mistake, row)]
         if not found and isinstance(suspects, AttendSuspects) and (fitted := suspects.fitted_scale(evidence[0])):
-            found = [fitted] if all(suspects.fits(fitted, row) for row in (*evidence, *passing)) else []
-        if not any(suspects.has_numbers(row) for row in evidence):
+            found = [fitted] if all(suspects.fits(fitted, row) for row in (*failing, *passing)) else []
+        if not numbers:
             # Whatever reads a NaN returns the same: of wrong addresses, say that they are.
             found = [replace(mistake, words=mistake.groups[0]) if mistake.groups else mistake for mistake in found]
         return found
@@ -95,9 +105,9 @@ class AttendSuspects:
 
     def __init__(self, reference: AttendReference, outputs: Outputs) -> None:
         self.reference, self.outputs, self.owners = reference, outputs, reference.owners
-        self.heads = cache(self._heads)
-        self.told_again = cache(self._row)
-        self.honest = cache(lambda row: self._bounded(self._told(row, HONEST)))
+        self.heads = cache(self._heads)  # of the rest, only the row at hand is kept: it is large
+        self.told_again = lru_cache(maxsize=1)(self._row)
+        self.honest = lru_cache(maxsize=1)(lambda row: self._bounded(self._told(row, HONEST)))
 
     def fits(self, mistake: Mistake, row: int) -> bool:
         """Whether the row is what a kernel with this mistake may return under the declared profile."""
@@ -250,10 +260,10 @@ class IndexSuspects:
     def __init__(self, reference: IndexReference, outputs: Outputs, strict: bool) -> None:
         self.reference, self.outputs, self.strict = reference, outputs, strict
         self.owners = reference.requests
-        self.told_again = cache(
+        self.told_again = lru_cache(maxsize=1)(
             lambda row: Row(reference.call, row, self.owners.get(row, len(reference.call.batch["seqlens_k"]) - 1))
         )
-        self.honest = cache(lambda row: self._chosen(row, HONEST))
+        self.honest = lru_cache(maxsize=1)(lambda row: self._chosen(row, HONEST))
 
     @staticmethod
     def has_numbers(row: int) -> bool:
