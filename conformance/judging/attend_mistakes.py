@@ -17,7 +17,7 @@ from dsa_portable.profile import UNIT_ROUNDOFF, Profile
 
 Array: TypeAlias = np.ndarray[Any, Any]
 LN2 = float(np.log(2))
-LONGEST = 1 << 14  # keys of a dense row that is told again: more would cost too much memory
+LONGEST = 1 << 14  # keys of a dense row that are told again: more would cost too much memory
 
 
 @dataclass(frozen=True)
@@ -394,7 +394,7 @@ ATTEND: tuple[Mistake, ...] = (
     Mistake("beyond clamps", "only -1 is skipped, and an index past the request's end is clamped", "entries", _only_minus_one(lambda e, n: e.clip(0, n - 1)), (TOO_MANY,)),
     Mistake("beyond followed", "an index past the request's end is followed", "context", lambda row, n: 1 << 40, (TOO_MANY,)),
     Mistake("repeated once", "an index that stands there twice counts once", "positions", lambda row, p: np.unique(p)),
-    Mistake("dense", "the indices are ignored: attention is dense", "positions", lambda row, p: np.arange(row.context) if row.context <= LONGEST else p, (ELSEWHERE,)),
+    Mistake("dense", "the indices are ignored: attention is dense", "positions", lambda row, p: np.arange(min(row.context, LONGEST)), (ELSEWHERE,)),
     Mistake("causal again", "a causal mask is laid over the selected keys", "entries", lambda row, e: np.where(e < row.visible, e, -1)),
     Mistake("masked by row", "a causal mask by row number, aligned top-left, is laid over the selected keys", "entries", lambda row, e: np.where(e < row.row - row.first + 1, e, -1)),
     Mistake("visible entries", "entries past the number of visible keys are not read", "count", lambda row, n: min(n, row.visible)),
