@@ -211,7 +211,7 @@ DEEDS = {
     ),
     "no array": Deed("prefill-topk512", "return None", "FAIL", "^the call returned object for indices$", "result"),
     "nothing written": Deed(
-        "decode-flat", "return np.empty(request.results['out'][1], request.q.dtype)", "FAIL", "out is nan", "bound"
+        "decode-flat", "return np.empty(request.results['out'][1], request.q.dtype)", "FAIL", "out is nan", "nan"
     ),
     "honest to the end": Deed("prefill-onehot", "return answer(request)", "PASS"),
 }

@@ -15,9 +15,10 @@ from dsa_portable.conformance import lists
 from dsa_portable.conformance.cases.call import Call, Outputs, drive, sha256_of
 from dsa_portable.conformance.cases.catalogue import Case
 from dsa_portable.conformance.execute.recording import Recording, Subject
-from dsa_portable.conformance.judging.lightning_index import IndexJudge, IndexReference, ScoresJudge
+from dsa_portable.conformance.judging.lightning_index import IndexJudge, IndexReference, ScoresJudge, Truth
 from dsa_portable.conformance.judging.rules import Verdict
 from dsa_portable.conformance.judging.sparse_attend import AttendFacts, AttendJudge, AttendReference
+from dsa_portable.conformance.judging.triage import explain
 from dsa_portable.conformance.report import claims
 from dsa_portable.conformance.report.rows import row_of
 from dsa_portable.conformance.report.schema import CaseResult
@@ -26,11 +27,20 @@ from dsa_portable.profile import Profile
 Reference: TypeAlias = IndexReference | AttendReference
 
 
-def reference_of(case: Case, call: Call, profile: Profile, shared: dict[Any, Any] | None = None) -> Reference:
-    """What this call's outputs are judged against; worth keeping where many outputs of one call are judged."""
+def reference_of(
+    case: Case,
+    call: Call,
+    profile: Profile,
+    shared: dict[Any, AttendFacts] | None = None,
+    truth: dict[bool, list[Truth]] | None = None,
+) -> Reference:
+    """What this call's outputs are judged against; worth keeping where many outputs of one call are judged.
+
+    `shared`: of attention, over the calls of a case. `truth`: of an index call, over profiles.
+    """
     if call.operator == "sparse_attend":
         return AttendReference(case, call, profile, shared)
-    return IndexReference(case, call, profile, shared)
+    return IndexReference(case, call, profile, truth)
 
 
 def judge_calls(
@@ -38,14 +48,19 @@ def judge_calls(
     calls: Sequence[Call],
     outputs: Sequence[Outputs],
     profile_of: Callable[[Call], Profile],
+    explain: Callable[[Reference, Outputs, Verdict], str] | None = None,
 ) -> Verdict:
-    """Judge every call of a case by itself and by its own profile, then whether the calls agree."""
+    """Judge every call of a case by itself and by its own profile, then whether the calls agree.
+
+    `explain` adds words to the reason of the call that fails, and nothing else.
+    """
     verdict = Verdict()
     shared: dict[Any, AttendFacts] | None = {} if len(calls) > 1 else None
     for i, (call, found) in enumerate(zip(calls, outputs, strict=True)):
         if any(call is earlier for earlier in calls[:i]):
             continue  # A rerun: judged once, and compared below.
-        single = judge_call(case, call, found, reference_of(case, call, profile_of(call), shared))
+        reference = reference_of(case, call, profile_of(call), shared)
+        single = judge_call(case, call, found, reference)
         verdict.metrics = single.metrics | verdict.metrics
         for rows in ("selective_rows", "vacuous_rows"):
             if getattr(single, rows) is not None:
@@ -53,7 +68,7 @@ def judge_calls(
         if single.status != "PASS" and verdict.status == "PASS":
             where = f"call {i} of {len(calls)}: " if len(calls) > 1 else ""
             verdict.status, verdict.rule, verdict.arrays = single.status, single.rule, single.arrays
-            verdict.reason = where + single.reason
+            verdict.reason = where + single.reason + (explain(reference, found, single) if explain else "")
     if verdict.status == "PASS" and (reason := case.disagreement(calls, outputs)):
         verdict.fail("agreement", reason)
     return verdict
@@ -142,7 +157,7 @@ def _verdict(
         return Verdict("ERROR", "the worker's process made other inputs than the list has")
     if recording.changed_inputs:
         return Verdict.failed("inputs", f"the call wrote to its inputs: {', '.join(recording.changed_inputs)}")
-    return judge_calls(case, calls, outputs, lambda call: subject.profiles[call.operator, call.format, call.phase])
+    return judge_calls(case, calls, outputs, lambda call: subject.profiles[call.operator, call.format, call.phase], explain)
 
 
 def _worth_keeping(calls: Sequence[Call], outputs: Sequence[Outputs], verdict: Verdict) -> dict[str, np.ndarray[Any, Any]]:

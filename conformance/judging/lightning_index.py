@@ -21,6 +21,8 @@ from dsa_portable.profile import WIDE, Profile
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Float64: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
+# Rows, first position, and for each of `_sums` [rows, n].
+Truth: TypeAlias = tuple[slice, int, list[Float64]]
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,9 @@ class IndexFacts:
 class IndexReference:
     """Everything about a call that does not depend on what a backend returned; made once, it judges any number of results."""
 
-    def __init__(self, case: Case, call: Call, profile: Profile, shared: dict[Any, Any] | None = None) -> None:
+    def __init__(self, case: Case, call: Call, profile: Profile, truth: dict[bool, list[Truth]] | None = None) -> None:
         self.call, self.profile, self.exact = call, profile, case.exact
-        self.shared = shared  # sums over heads, of one call that is judged by several profiles; None: not worth the memory
+        self.truth = truth  # of one call that is judged by several profiles, by what they ask of it; None: not worth the memory
         self.selects = "topk" in call.options
         self.topk: int = call.options.get("topk", 0)
         spans = list(oracle.rows(call))
@@ -73,13 +75,13 @@ class IndexReference:
                 else:
                     self.spoilt += 1
 
-    def _truth(self) -> Iterable[tuple[slice, int, list[Float64]]]:
-        if self.shared is None:
+    def _truth(self) -> Iterable[Truth]:
+        if self.truth is None:
             return oracle.index_sums(self.call, self._sums)
         aligned = self.profile.accumulator.group > 1  # all that `_sums` asks of the profile
-        if aligned not in self.shared:
-            self.shared[aligned] = list(oracle.index_sums(self.call, self._sums))
-        return self.shared[aligned]
+        if aligned not in self.truth:
+            self.truth[aligned] = list(oracle.index_sums(self.call, self._sums))
+        return self.truth[aligned]
 
     def _given(self) -> Iterator[tuple[int, IndexFacts]]:
         """Scores that are inputs: all that can be lost of one is what the profile does not compare."""
@@ -182,7 +184,9 @@ class IndexJudge:
             verdict.metrics["spoilt_rows"] = reference.spoilt
         for row, facts in reference.rows.items():
             if wellformed[row]:
+                self.verdict.row = row
                 self._row(row, facts)
+        self.verdict.row = None
         self._population()
 
     def _seen(self, row: int) -> tuple[int, int, str]:
@@ -192,6 +196,7 @@ class IndexJudge:
         return start, end, f"row {row} ({kind}): "
 
     def _structure(self, row: int) -> bool:
+        self.verdict.row = row
         start, end, place = self._seen(row)
         kept, indices = min(self.reference.topk, end - start), self.outputs["indices"][row]
         chosen, tail = indices[:kept], indices[kept:]
@@ -316,6 +321,7 @@ class ScoresJudge(IndexJudge):
     """The same of index_scores: -inf where the row does not see, and every score where it does."""
 
     def _structure(self, row: int) -> bool:
+        self.verdict.row = row
         start, end, place = self._seen(row)
         scores = self.outputs["scores"][row]
         wrong = scores != -np.inf

@@ -27,6 +27,7 @@ RULES: Mapping[str, tuple[str, str]] = MappingProxyType(
         "score rms": ("3.3", "returned scores err as those of honest kernels do"),
         "ties": ("6", "of equal scores the lowest positions, where that is declared"),
         "empty row": ("2", "out is 0 and lse -inf in rows without a valid index"),
+        "nan": ("2", "out and lse are numbers where no operand that counts is NaN or infinite"),
         "exact": ("5", "bit equality where nothing can round"),
         "bound": ("4.1", "out lies within a proven bound"),
         "rms": ("4.2", "the error of a row and head is that of honest kernels"),
@@ -49,6 +50,8 @@ class Verdict:
     selective_rows: int | None = None
     vacuous_rows: int | None = None
     arrays: dict[str, Array] = field(default_factory=dict)
+    row: int | None = None  # that is being judged
+    rows: dict[int, str] = field(default_factory=dict)  # row that fails by itself -> the first rule it breaks
 
     @classmethod
     def failed(cls, rule: str, reason: str) -> Verdict:
@@ -60,6 +63,8 @@ class Verdict:
     def fail(self, rule: str, reason: str, **arrays: Any) -> None:
         """Record a broken rule; the first one gives the reason, and the arrays (row, truth, bound) kept for the engineer."""
         assert rule in RULES
+        if self.row is not None:
+            self.rows.setdefault(self.row, rule)
         if self.status != "FAIL":
             self.status, self.rule, self.reason = "FAIL", rule, reason
             self.arrays = {name: np.asarray(array) for name, array in arrays.items()}

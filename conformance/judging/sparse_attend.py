@@ -100,11 +100,12 @@ class AttendJudge:
     def run(self) -> None:
         """Judge all rows, then the bias over the case."""
         for row in range(len(self.out)):
-            facts = self.reference.row(row)
+            facts, self.verdict.row = self.reference.row(row), row
             if facts is None:
                 self._empty(row, "padding row" if row not in self.reference.owners else "row without a valid index")
             else:
                 self._row(row, facts)
+        self.verdict.row = None
         if self.slopes:
             # Rows weigh alike: by energy, a few rows of few keys would outweigh all the long ones.
             slopes, emulated, scatter = zip(*self.slopes, strict=True)
@@ -118,13 +119,15 @@ class AttendJudge:
 
     def _empty(self, row: int, kind: str) -> None:
         if not (self.out[row] == 0).all():
-            self.verdict.fail("empty row", f"row {row} ({kind}): out is not 0 everywhere")
+            found = "nan" if np.isnan(self.out[row]).any() else "not 0 everywhere"
+            self.verdict.fail("empty row", f"row {row} ({kind}): out is {found}")
         if self.lse is not None and not (self.lse[row] == -np.inf).all():
             self.verdict.fail("empty row", f"row {row} ({kind}): lse is {self.lse[row][0]}, expected -inf")
 
     def _row(self, row: int, facts: AttendFacts) -> None:
         got = self.out[row].astype(np.float64)
         self._relative_error(got, facts)
+        self._numbers(row, facts)
         if self.reference.exact:
             self._exact(row, facts)
         else:
@@ -138,6 +141,20 @@ class AttendJudge:
         error, size = (np.linalg.norm(x, axis=1) for x in (got - facts.out, facts.out))
         ratio = np.divide(error, size, out=np.where(error > 0, np.inf, 0.0), where=size > 0)
         self.verdict.worst("relative_error", np.nan_to_num(ratio, nan=np.inf).max())
+
+    def _numbers(self, row: int, facts: AttendFacts) -> None:
+        for name, found, truth in (("out", self.out, facts.out), ("lse", self.lse, facts.lse)):
+            if found is not None and (bad := np.isnan(found[row]) & np.isfinite(truth)).any():
+                where, heads = np.argwhere(bad)[0], int(bad.reshape(len(bad), -1).any(axis=1).sum())
+                column = f", column {where[1]}" if len(where) > 1 else ""
+                self.verdict.fail(
+                    "nan",
+                    f"row {row}, head {where[0]}{column}: {name} is nan, expected {truth[tuple(where)]:.9g}: no operand that "
+                    f"counts is NaN or infinite ({int(bad.sum())} of {bad.size} in this row, {heads} of {len(bad)} heads)",
+                    row=row,
+                    true_out=facts.out,
+                    true_lse=facts.lse,
+                )
 
     def _exact(self, row: int, facts: AttendFacts) -> None:
         expected = facts.out.astype(self.out.dtype)

@@ -26,6 +26,7 @@ from dsa_portable.conformance.cases.lightning_index import IndexCase
 from dsa_portable.conformance.cases.sparse_attend import AttendCase
 from dsa_portable.conformance.judging import bounds
 from dsa_portable.conformance.judging.judge import judge_call, reference_of
+from dsa_portable.conformance.judging.lightning_index import Truth
 from dsa_portable.conformance.judging.process import ONE_THREAD, cores
 from dsa_portable.conformance.selftest.honest import KERNELS
 from dsa_portable.errors import DSAError
@@ -140,8 +141,8 @@ def judged(unit: Unit, names: Sequence[str]) -> Found:
     case = TEMPLATES.get(unit.case) or CASES[unit.case]
     assert isinstance(case, IndexCase | AttendCase)
     call = case.build(unit.seed)
-    shared: dict[Any, Any] = {}
-    reference = cache(lambda profile: reference_of(case, call, profile, shared))
+    truth: dict[bool, list[Truth]] = {}
+    reference = cache(lambda profile: reference_of(case, call, profile, truth=truth))
     found: Found = {}
     for name in names:
         honest = KERNELS[name]

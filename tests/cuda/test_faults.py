@@ -82,7 +82,7 @@ FAULTS = (
         "a page twice as large, the index cache's",
         ("sparse_attend.py", "            rows.page_size,\n", "            2 * rows.page_size,\n"),
         "attend-bf16-decode-lse",
-        "bound",
+        "nan",
     ),
     Fault(
         "candidates beyond the buffer are dropped",
