@@ -67,7 +67,7 @@ class Profile:
     qk_compute: str = "float32"  # index: below float32, what q and the keys times their scales are rounded to before they meet
     maximum: str = "float32"  # attention: the running maximum that is subtracted before exp
     rescale_threshold: float = 0.0  # attention: the maximum is renewed where a logit exceeds it by more; P may reach e to this
-    normaliser_sum: str = "float32"  # attention: the normaliser as it is kept from one tile of keys to the next
+    normaliser_sum: str = "float32"  # attention: the normaliser as it is kept from a tile of at least 64 keys to the next
     partials: str = "float32"  # attention: the output of a split of the keys, before splits are merged
     lse: str = "float32"  # attention: what lse is rounded to before it is returned, or merges splits
 

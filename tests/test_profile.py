@@ -69,7 +69,7 @@ def expected(operator: str) -> set[str]:
 def test_the_emulator_and_the_bounds_of_the_index_read_the_same_fields(monkeypatch: pytest.MonkeyPatch) -> None:
     call, own = INDEX.build(), emulator.index_scores
     assert read_by(lambda profile: own(call, profile)) == expected("lightning_index")
-    monkeypatch.setattr(emulator, "index_scores", lambda call, profile: own(call, Profile()))
+    monkeypatch.setattr(emulator, "index_scores", lambda call, *_: own(call, Profile()))
     assert read_by(lambda profile: IndexReference(INDEX, call, profile)) == expected("lightning_index")
 
 

@@ -6,7 +6,6 @@ The constants are the suite's, the same for every vendor, who may widen a profil
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -25,7 +24,7 @@ SLOPE = 1.5e-3  # judging 4.3: bias beyond what the emulator's accounts for
 EXTRA_OPERATIONS = 8
 # Half the distance between the smallest subnormals of the output formats: rounding near zero costs that much.
 HALF_SUBNORMAL = {"float32": 2.0**-150, "tfloat32": 2.0**-137, "bfloat16": 2.0**-134, "float16": 2.0**-25}
-TILE = 64  # keys that a normaliser in 16 bits sums in float32 between two roundings; half as many are allowed
+TILE = 64  # keys that a normaliser in 16 bits sums in float32 between two roundings, at least
 
 
 def gamma(operations: float, unit_roundoff: float) -> float:
@@ -144,11 +143,6 @@ def slope_excess(slope: float, emulated: float) -> float:
     return abs(slope - float(np.clip(slope, np.minimum(0.0, emulated), np.maximum(0.0, emulated))))
 
 
-def slope_limit(scatter: Sequence[float]) -> float:
-    """Judging 4.3: how far outside it may lie, given how far each row's slope strays by chance."""
-    return SLOPE + KAPPA * math.sqrt(sum(x * x for x in scatter)) / len(scatter)
-
-
 @dataclass(frozen=True)
 class RowBound:
     """Judging 4.1 and 4.4 for one row: how far the output [Hq, value_dim] and the lse [Hq] may lie from the truth."""
@@ -185,6 +179,20 @@ class Operands:
     def largest(self) -> Float64:
         """[Hq]: the largest |logit|."""
         return np.asarray(self.softmax_scale * abs(self.dots).max(axis=1))
+
+    @cached_property
+    def one_by_one(self) -> Float64:
+        """[Hq]: relative error of a float32 normaliser to which one P after the other is added, from either end.
+
+        At least that of a random walk, half a unit a step; but once the sum is large, thousands of small P round the same way,
+        or are lost.
+        """
+        logits = self.softmax_scale * self.dots
+        p = np.exp(logits - logits.max(axis=1, keepdims=True)).astype(np.float32)
+        exact = p.sum(axis=1, dtype=np.float64)
+        sums = [np.cumsum(order, axis=1, dtype=np.float32)[:, -1] for order in (p, p[:, ::-1])]
+        walk = np.full(len(p), 2.0**-25 * math.sqrt(p.shape[1] / 2))
+        return np.asarray(np.maximum.reduce([walk, *(abs(total / exact - 1) for total in sums)]))
 
     @cached_property
     def square_dots(self) -> Float64:
@@ -251,12 +259,12 @@ def leaves_exact(profile: Profile) -> bool:
 
 def normaliser_gamma(profile: Profile, count: int) -> float:
     """Relative error of a normaliser that is rounded after every TILE keys, at worst; infinite where that is no bound."""
-    return gamma(2 * math.ceil(count / TILE), _rounding(profile.normaliser_sum))
+    return gamma(math.ceil(count / TILE) + 1, _rounding(profile.normaliser_sum))
 
 
-def _normaliser_walk(profile: Profile, count: int) -> float:
-    """The same if the roundings are a random walk: half a unit of a sum that grows to its end."""
-    return _rounding(profile.normaliser_sum) / 2 * math.sqrt(math.ceil(count / TILE) / 3)
+def _normaliser_lean(profile: Profile, count: int) -> float:
+    """Relative error of what `normaliser_gamma` bounds: tiles add nearly equal sums, which round the same way each time."""
+    return _rounding(profile.normaliser_sum) / 4 * math.ceil(count / TILE)
 
 
 def drift(accumulator: Accumulator, length: int) -> float:
@@ -269,9 +277,13 @@ def drift(accumulator: Accumulator, length: int) -> float:
     return math.ceil(length / accumulator.group) * accumulator.unit_roundoff / 2
 
 
-def slope_scatter(profile: Profile, heads: int, count: int) -> float:
-    """How far a row's slope strays by chance: a rounded normaliser scales all columns of a head by one random factor."""
-    return _normaliser_walk(profile, count) / math.sqrt(heads)
+def slope_room(profile: Profile, row: Operands) -> float:
+    """Judging 4.3: how far a row's slope may lean beyond the emulator's, where a normaliser or lse is kept in 16 bits.
+
+    The normaliser scales all heads alike. An lse moves weight between splits, or to the sink, by chance in each head.
+    """
+    moved = _rounding(profile.lse) * abs(row.lse) * np.maximum(0.25, 1 - row.p.sum(axis=1)) / math.sqrt(3)
+    return _normaliser_lean(profile, len(row.kv)) + KAPPA * float(np.linalg.norm(moved)) / len(moved)
 
 
 def unit_of(before: Float64, after: Array, dtype: str) -> float:
@@ -310,8 +322,8 @@ def _logit_walk(profile: Profile, row: Operands) -> Float64:
 def error_floor(profile: Profile, row: Operands, dtype: str) -> Float64:
     """[Hq], judging 4.2: the error per head below which no backend is accused, however lucky the emulator was.
 
-    Half an output rounding (of a split's output too), eight additions of the whole, or what truncation or a rounded normaliser
-    takes of it; what random roundings of the logits leave,
+    Half an output rounding (of a split's output too); eight additions of the whole; what a normaliser that takes one P after
+    another loses, or what truncation or a rounded normaliser takes of it; what random roundings of the logits leave,
     sqrt(sum (p_j tau_j |v_j - o|)^2), which rules where few keys share the softmax; half a rounding of every probability; one
     rounding of lse (the keys' own), which exp(x - lse) and merging splits by lse cost.
     """
@@ -322,8 +334,9 @@ def error_floor(profile: Profile, row: Operands, dtype: str) -> Float64:
     probabilities = _rounding(profile.p) / 2 * np.sqrt(squared @ row.value_squares.sum(axis=1))
     count = len(v)
     share = max(UNIT_ROUNDOFF[dtype], _rounding(profile.partials)) / 2
-    sums = max(8 * profile.accumulator.unit_roundoff, drift(profile.accumulator, count), _normaliser_walk(profile, count))
+    sums = max(8 * profile.accumulator.unit_roundoff, drift(profile.accumulator, count), _normaliser_lean(profile, count))
     relative = np.maximum(max(share, sums), max(2.0**-24, _rounding(profile.lse)) * abs(row.lse))
+    relative = np.maximum(relative, row.one_by_one)
     whole = relative * np.linalg.norm(out, axis=1)
     # Outputs that a sink has pressed to the end of float32's range keep no relative accuracy, as in (B).
     tiny = SMALLEST_NORMAL["float32"] * np.sqrt(v.shape[1]) * (1 + abs(v).max())
@@ -340,4 +353,5 @@ def lse_floor(profile: Profile, row: Operands) -> Float64:
     u_p = _rounding(profile.p) if profile.normaliser == "rounded" else 0.0
     walk = _logit_walk(profile, row) + (row.kv_unit**2 + row.q_unit**2) * scaled + u_p**2
     kept = 2.0**-24 * (profile.exp_ulp + 2 * abs(row.lse)) + _rounding(profile.lse) * abs(row.lse)
-    return np.asarray(np.sqrt((p * p * walk).sum(axis=1)) + kept + _normaliser_walk(profile, len(row.kv)))
+    kept = kept + row.one_by_one
+    return np.asarray(np.sqrt((p * p * walk).sum(axis=1)) + kept + _normaliser_lean(profile, len(row.kv)))

@@ -30,8 +30,8 @@ class AttendFacts:
     emulated_lse: Float64
     error_floor: Float64
     lse_floor: Float64
-    drift: float  # how much more than the emulator's the slope may lean, and how far it may stray by chance: judging 4.3
-    scatter: float
+    drift: float  # what truncation, which the emulator does not model, adds to its slope: judging 4.3
+    room: float  # how far beyond that the slope may lean, on top of the constant
 
 
 class AttendReference:
@@ -85,7 +85,7 @@ class AttendReference:
             bounds.error_floor(profile, facts, self.dtype),
             bounds.lse_floor(profile, facts),
             bounds.drift(profile.accumulator, len(kv)),
-            bounds.slope_scatter(profile, len(q), len(kv)),
+            bounds.slope_room(profile, facts),
         )
 
 
@@ -108,8 +108,8 @@ class AttendJudge:
         self.verdict.row = None
         if self.slopes:
             # Rows weigh alike: by energy, a few rows of few keys would outweigh all the long ones.
-            slopes, emulated, scatter = zip(*self.slopes, strict=True)
-            bias, own, allowed = float(np.mean(slopes)), float(np.mean(emulated)), bounds.slope_limit(scatter)
+            slopes, emulated, rooms = zip(*self.slopes, strict=True)
+            bias, own, allowed = float(np.mean(slopes)), float(np.mean(emulated)), bounds.SLOPE + float(np.mean(rooms))
             self.verdict.metrics |= {"slope": bias, "slope_emulated": own, "slope_limit": allowed}
             if not bounds.slope_excess(bias, own) < allowed:
                 self.verdict.fail(
@@ -204,7 +204,7 @@ class AttendJudge:
             )
         if energy := float((truth * truth).sum()):
             slope, emulated = (float(((x - truth) * truth).sum()) / energy for x in (got, own))
-            self.slopes.append((slope, emulated - facts.drift, facts.scatter))
+            self.slopes.append((slope, emulated - facts.drift, facts.room))
 
     def _lse(self, row: int, got: Array, facts: AttendFacts) -> None:
         truth, allowed = facts.lse, facts.bound.lse
