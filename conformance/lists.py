@@ -100,13 +100,18 @@ def inputs_sha256(case_id: str) -> str:
 
 
 def freeze(name: str) -> dict[str, object]:
-    """The content of a new list, from the catalogue of today. Raises ListError for a name that was released or of no family."""
+    """The content of a new list, from the catalogue of today. Raises ListError for a name that was released or of no family.
+
+    A released case is never edited, so its hash is taken over.
+    """
     family = name.rpartition("-")[0]
     if family not in LISTS or name in released():
         raise ListError(f"{name!r} was passed, but a name of {', '.join(LISTS)} with a new date is accepted; a release stays.")
+    hashes = {id: sha256 for one in released() for id, sha256 in load(one).cases.items()}
+    new = [id for id in LISTS[family] if id not in hashes]
     with ProcessPoolExecutor() as pool:
-        hashes = list(pool.map(inputs_sha256, LISTS[family], chunksize=4))
-    cases = [{"id": id, "inputs_sha256": sha256} for id, sha256 in zip(LISTS[family], hashes, strict=True)]
+        hashes |= zip(new, pool.map(inputs_sha256, new, chunksize=4), strict=True)
+    cases = [{"id": id, "inputs_sha256": hashes[id]} for id in LISTS[family]]
     head = {"name": name, "contract": CONTRACT_VERSION, "judging": JUDGING_VERSION}
     return {**head, "sha256": _hash({**head, "cases": cases}), "cases": cases}
 

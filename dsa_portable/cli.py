@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 import dsa_portable
 from dsa_portable import registry
+from dsa_portable.contract import PerPhase
 from dsa_portable.errors import BackendError, BackendNotImportable, DSAError, InvalidArgument
 from dsa_portable.operators import FEATURES
 
@@ -215,12 +216,15 @@ def _backends(options: argparse.Namespace) -> int:
 def _print_declared(capabilities: Any) -> None:
     for operator, features in FEATURES.items():
         declared = capabilities.get(operator, {})
+        declared = {f.name: f.implied for f in features if declared and f.implied} | dict(declared)
         offered = [f"{f.name}={_values(declared[f.name])}" for f in features if f.name in declared]
         missing = [f.name for f in features if f.name not in declared]
         print(f"  {operator}: {'; '.join(offered) or 'nothing'}{'; not offered: ' + ', '.join(missing) if missing else ''}")
 
 
 def _values(values: Any) -> str:
+    if isinstance(values, PerPhase):
+        return f"decode {_values(values.decode)}, prefill {_values(values.prefill)}"
     return (
         "yes"
         if values == (True,)

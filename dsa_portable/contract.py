@@ -45,8 +45,18 @@ class _Any:
 
 ANY = _Any()
 YES = (True,)
-# operator -> feature -> the values offered; a feature that is not named is not offered.
-Capabilities: TypeAlias = Mapping[str, Mapping[str, Container[Any]]]
+
+
+@dataclass(frozen=True)
+class PerPhase:
+    """Declares values that are offered in one phase and not, or other ones, in the other."""
+
+    decode: Container[Any] = ()
+    prefill: Container[Any] = ()
+
+
+# operator -> feature -> the values offered; a feature that is not named is not offered, but for those that are implied.
+Capabilities: TypeAlias = Mapping[str, Mapping[str, Container[Any] | PerPhase]]
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,16 @@ class Feature:
     doc: str
     required: tuple[Any, ...] = ()
     in_call: bool = True  # False: it lies in the data, where only the suite can see it
+    instead: str = ""  # a feature that a claim may have in its place
+    implied: tuple[Any, ...] = ()  # what is offered where a declaration does not name it
+
+    def offered(self, capabilities: Capabilities, operator: str, phase: str) -> Container[Any]:
+        """The values that a backend offers of it."""
+        declared = capabilities.get(operator)
+        values = () if declared is None else declared.get(self.name, self.implied)
+        if isinstance(values, PerPhase):
+            return values.decode if phase == "decode" else values.prefill
+        return values
 
 
 def when(condition: bool) -> bool | None:
@@ -423,10 +443,9 @@ def flag(signature: Signature, name: str, value: object, dims: Mapping[str, int]
 
 def gap(request: Request, capabilities: Capabilities) -> tuple[Feature, Any] | None:
     """The first feature that the call uses and the declaration lacks, with the value asked for; None if all is offered."""
-    declared = capabilities.get(request.operator, {})
     for feature in request.signature().features:
         value = feature.value(request)
-        if value is not None and value not in declared.get(feature.name, ()):
+        if value is not None and value not in feature.offered(capabilities, request.operator, request.batch.phase):
             return feature, value
     return None
 
@@ -437,7 +456,7 @@ def require(request: Request, capabilities: Capabilities, backend: str) -> None:
     if missing is None:
         return
     feature, value = missing
-    offered = capabilities.get(request.operator, {}).get(feature.name, ())
+    offered = feature.offered(capabilities, request.operator, request.batch.phase)
     asked = feature.name if value is True else f"{feature.name} = {value!r}"
     choice = f"it offers {offered!r}" if offered and value is not True else f"it does not declare '{feature.name}'"
     raise Unsupported(
@@ -471,5 +490,6 @@ def feature_table(offered: Mapping[str, tuple[Feature, ...]]) -> str:
         for f in features:
             needs = "one value" if f.name == "format" else " or ".join(str(v) for v in f.required if v is not True)
             needs = needs or ("required" if f.required else "optional")
+            needs += f", or `{f.instead}`" * bool(f.instead)
             lines.append(f"| {operator} | `{f.name}` | {needs} | {f.doc} |")
     return "\n".join(lines)

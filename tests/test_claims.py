@@ -14,7 +14,7 @@ from dsa_portable.conformance.cases.call import drive
 from dsa_portable.conformance.cases.catalogue import CASES, LISTS
 from dsa_portable.conformance.report import claims
 from dsa_portable.conformance.report.schema import NOT_GRANTED_WITH, CaseResult, Claim, Evidence, ProfileEntry, Status
-from dsa_portable.contract import ANY, YES, Capabilities
+from dsa_portable.contract import ANY, YES, Capabilities, PerPhase
 from dsa_portable.operators import FEATURES
 from dsa_portable.profile import Profile
 
@@ -26,7 +26,7 @@ Key = tuple[str, str, str]
 Used = Mapping[str, Any]
 
 # A small list: every required feature in some case, one of each set of alternatives, and one case per optional feature tried.
-FLAT_INDEX = {"format": INDEX[1], "heads": 64, "head_dim": 128, "topk": 2048, "flat": True, "ragged": True}
+FLAT_INDEX = {"format": INDEX[1], "heads": 64, "head_dim": 128, "topk": 2048, "flat": True, "ragged": True, "unpacked": True}
 PAGED_INDEX = {name: value for name, value in FLAT_INDEX.items() if name != "flat"} | {"page_size": 64}
 INDEX_LIST: dict[str, Used] = {
     "flat": FLAT_INDEX,
@@ -37,6 +37,8 @@ INDEX_LIST: dict[str, Used] = {
     "scores": FLAT_INDEX | {"return_scores": True},
     "topk 512": FLAT_INDEX | {"topk": 512},
     "pages of 16": PAGED_INDEX | {"page_size": 16},
+    "packed": {name: value for name, value in PAGED_INDEX.items() if name != "unpacked"} | {"k_layout": "idx_fp8_132_planar"},
+    "packed flat": {name: value for name, value in FLAT_INDEX.items() if name != "unpacked"} | {"k_layout": "interleaved"},
 }
 FLAT_ATTEND = {"format": ATTEND[1], "heads": 128, "dims": "576/512", "topk": 2048, "flat": True, "ragged": True}
 PAGED_ATTEND = {name: value for name, value in FLAT_ATTEND.items() if name != "flat"} | {"page_size": 64}
@@ -52,19 +54,22 @@ ATTEND_LIST: dict[str, Used] = {
 }
 LIST = {INDEX: INDEX_LIST, ATTEND: ATTEND_LIST}
 EVERYTHING: Capabilities = {operator: {feature.name: ANY for feature in FEATURES[operator]} for operator in FEATURES}
-REQUIRED = [(key, f.name) for key in LIST for f in FEATURES[key[0]] if f.required]
+REQUIRED = [(key, f.name) for key in LIST for f in FEATURES[key[0]] if f.required and not f.instead]
+INSTEAD = [(key, f.name, f.instead) for key in LIST for f in FEATURES[key[0]] if f.instead]
 OPTIONAL = [(key, f.name) for key in LIST for f in FEATURES[key[0]] if not f.required and f.name != "format"]
 
 
 class OfOneOperator:
     """All that `claims.required` asks of a case that is no pipeline."""
 
-    def __init__(self, operator: str) -> None:
-        self.operator = operator
+    def __init__(self, operator: str, phase: str) -> None:
+        self.operator, self.phase = operator, phase
 
 
-def without(key: Key, feature: str) -> Capabilities:
-    return {key[0]: {name: values for name, values in EVERYTHING[key[0]].items() if name != feature}}
+def without(key: Key, *features: str) -> Capabilities:
+    """Nothing is declared of them; what is implied is declared away."""
+    kept = {name: values for name, values in EVERYTHING[key[0]].items() if name not in features}
+    return {key[0]: kept | {f.name: () for f in FEATURES[key[0]] if f.name in features and f.implied}}
 
 
 def with_values(key: Key, **features: tuple[Any, ...]) -> Capabilities:
@@ -73,14 +78,15 @@ def with_values(key: Key, **features: tuple[Any, ...]) -> Capabilities:
 
 def row(key: Key, name: str, used: Used, capabilities: Capabilities, **changes: Any) -> CaseResult:
     """PASS where everything in use is declared, else UNSUPPORTED."""
-    offered = all(value in capabilities.get(key[0], {}).get(name, ()) for name, value in used.items())
+    features = {f.name: f for f in FEATURES[key[0]]}
+    offered = all(value in features[name].offered(capabilities, key[0], key[2]) for name, value in used.items())
     status = changes.get("status", Status.PASS if offered else Status.UNSUPPORTED)
     fields: dict[str, Any] = {
         "id": f"{key[0]} {name}",
         "operator": key[0],
         "format": key[1],
         "phase": key[2],
-        "claim_required": claims.required(OfOneOperator(key[0]), used, capabilities),  # type: ignore[arg-type]
+        "claim_required": claims.required(OfOneOperator(key[0], key[2]), used, capabilities),  # type: ignore[arg-type]
         "hazards": [],
         "features": used,
         "why": "A hazard.",
@@ -137,6 +143,36 @@ def test_a_required_feature_that_is_missing_is_named(key: Key, feature: str) -> 
     assert (found.level, found.reason) == (None, f"required feature '{feature}' is not declared")
 
 
+@pytest.mark.parametrize(("key", "feature", "instead"), INSTEAD, ids=str)
+def test_one_feature_may_stand_in_for_another_and_one_of_them_is_needed(key: Key, feature: str, instead: str) -> None:
+    found = claim(key, without(key, feature))
+    assert (found.level, found.reason) == ("core-2026.11 exact", "")
+    assert found.counts[Status.UNSUPPORTED] > 0
+    neither = claim(key, without(key, feature, instead))
+    assert neither.level is None
+    first = next(f.name for f in FEATURES[key[0]] if f.name in (feature, instead) and f.required)
+    other = {feature, instead} - {first}
+    assert neither.reason == f"required feature '{first}' (or '{other.pop()}' in its place) is not declared"
+
+
+def test_storage_is_declared_for_the_phase_that_has_it() -> None:
+    """As in serving: flat prefill, paged decode."""
+    decode, prefill = INDEX, (*INDEX[:2], "prefill")
+    declared = with_values(INDEX, flat=PerPhase(prefill=(True,)), page_size=PerPhase(decode=(64,)))
+    rows = [row(key, id, used, declared) for key in (decode, prefill) for id, used in INDEX_LIST.items()]
+    rows = [each.model_copy(update={"selective_rows": 4}) for each in rows]
+    profile = asdict(DETERMINISTIC)
+    entries = [
+        ProfileEntry(operator=key[0], format=key[1], phase=key[2], envelope="exact", profile=profile)
+        for key in (decode, prefill)
+    ]
+    found = claims.claims(rows, declared, entries, Evidence.HARDWARE, CORE)
+    assert [each.reason for each in found] == ["", ""]
+    passed = {each.phase: [c.features for c in rows if c.phase == each.phase and c.status is Status.PASS] for each in found}
+    assert all("page_size" in used for used in passed["decode"])
+    assert all("flat" in used for used in passed["prefill"])
+
+
 @pytest.mark.parametrize(("key", "feature"), OPTIONAL, ids=str)
 def test_an_optional_feature_may_be_missing(key: Key, feature: str) -> None:
     found = claim(key, without(key, feature))
@@ -174,9 +210,10 @@ def test_one_of_each_set_is_enough(key: Key, features: dict[str, tuple[Any, ...]
         (INDEX, {"heads": (16,)}, "required feature 'heads' is not declared"),
         (INDEX, {"head_dim": (64,)}, "required feature 'head_dim' is not declared"),
         (INDEX, {"topk": (512, 1024)}, "required feature 'topk' is not declared"),
-        (INDEX, {"page_size": (16, 256)}, "required feature 'page_size' is not declared"),
+        (INDEX, {"page_size": (16, 256), "flat": ()}, "required feature 'flat' (or 'page_size' in its place) is not declared"),
         (ATTEND, {"heads": (8,)}, "required feature 'heads' is not declared"),
-        (ATTEND, {"dims": ("512/512",)}, "required feature 'dims' is not declared"),
+        (ATTEND, {"dims": ("512/512",)}, "no case of required feature 'heads' passed"),
+        (ATTEND, {"dims": ("192/128",)}, "required feature 'dims' is not declared"),
         (INDEX, {"heads": (64,), "page_size": (128,)}, "no case of required feature 'page_size' passed"),
     ],
 )
@@ -223,8 +260,8 @@ def test_a_selective_row_of_a_case_that_is_not_supported_proves_nothing() -> Non
 def test_a_feature_that_the_list_has_no_case_of_is_not_asked_for() -> None:
     paged = tuple(id for id in INDEX_LIST if "page" in id)
     assert claim(INDEX, without_cases=paged).level == "core-2026.11 exact"
-    found = claim(INDEX, without(INDEX, "page_size"), without_cases=paged)
-    assert found.reason == "required feature 'page_size' is not declared", "but it has to be declared"
+    found = claim(INDEX, without(INDEX, "page_size", "flat"), without_cases=paged)
+    assert found.reason == "required feature 'flat' (or 'page_size' in its place) is not declared", "but one has to be declared"
 
 
 @pytest.mark.parametrize("evidence", [evidence for evidence in Evidence if evidence is not Evidence.HARDWARE])
@@ -289,7 +326,10 @@ def test_the_list_s_level_names_every_envelope() -> None:
         (INDEX, FLAT_INDEX, {}, True),
         (INDEX, FLAT_INDEX, {"heads": (32,)}, False),
         (INDEX, FLAT_INDEX, {"heads": (16,)}, True),
-        (INDEX, FLAT_INDEX, {"flat": ()}, True),
+        (INDEX, FLAT_INDEX, {"flat": ()}, False),
+        (INDEX, FLAT_INDEX, {"flat": (), "page_size": ()}, True),
+        (INDEX, FLAT_INDEX, {"unpacked": ()}, False),
+        (INDEX, FLAT_INDEX, {"flat": PerPhase(prefill=(True,))}, False),
         (INDEX, FLAT_INDEX | {"unsorted": True}, {}, False),
         (INDEX, FLAT_INDEX | {"return_scores": True}, {}, False),
         (INDEX, FLAT_INDEX | {"heads": 16}, {}, False),
@@ -297,12 +337,13 @@ def test_the_list_s_level_names_every_envelope() -> None:
         (INDEX, PAGED_INDEX | {"page_size": 128}, {"page_size": (64,)}, False),
         (INDEX, PAGED_INDEX | {"page_size": 256}, {}, False),
         (INDEX, FLAT_INDEX | {"format": "int8/f16/f16"}, {"format": ()}, True),
-        (ATTEND, FLAT_ATTEND | {"dims": "512/512"}, {}, False),
+        (ATTEND, FLAT_ATTEND | {"dims": "512/512"}, {}, True),
+        (ATTEND, FLAT_ATTEND | {"dims": "512/512"}, {"dims": ("576/512",)}, False),
         (ATTEND, FLAT_ATTEND | {"out": True}, {}, False),
     ],
 )
 def test_which_cases_are_required(key: Key, used: Used, features: dict[str, tuple[Any, ...]], required: bool) -> None:
-    assert claims.required(OfOneOperator(key[0]), used, with_values(key, **features)) is required  # type: ignore[arg-type]
+    assert claims.required(OfOneOperator(key[0], key[2]), used, with_values(key, **features)) is required  # type: ignore[arg-type]
 
 
 # --- the core list ---------------------------------------------------------------------------------------------------------

@@ -347,7 +347,7 @@ ATTEND: dict[str, Any] = {"q": Q, "kv": K, "indices": np.zeros((2, 2), np.int32)
 # A call that asks for the feature, for every feature that a call can ask for.
 ASKS: dict[str, dict[str, dict[str, Any]]] = {
     "lightning_index": {
-        **{name: {} for name in ("format", "heads", "head_dim", "topk", "flat")},
+        **{name: {} for name in ("format", "heads", "head_dim", "topk", "flat", "unpacked")},
         "page_size": {**PAGED, "k": np.zeros((1, 4, 4), np.float32)},
         "ragged": {"batch": Batch.of([1, 1], [1, 2])},
         "out": {"out": np.zeros((2, 2), np.int32)},
@@ -373,7 +373,10 @@ ASKS: dict[str, dict[str, dict[str, Any]]] = {
 }
 _PARTS = ("key_range", "non_causal", "ragged", "format")
 ASKS["index_scores"] = {
-    **{name: ASKS["lightning_index"][name] for name in (*_PARTS, "heads", "head_dim", "flat", "page_size", "k_layout")},
+    **{
+        name: ASKS["lightning_index"][name]
+        for name in (*_PARTS, "heads", "head_dim", "flat", "page_size", "unpacked", "k_layout")
+    },
     "out": {"out": np.zeros((2, 3), np.float32)},
 }
 ASKS["index_select"] = {
@@ -399,7 +402,7 @@ def test_declared_works_and_undeclared_is_unsupported(install: Install, operator
     install("all")
     install(
         "less",
-        f"CAPABILITIES = {{o: dict(c) for o, c in CAPABILITIES.items()}}\ndel CAPABILITIES['{operator}']['{feature}']\n"
+        f"CAPABILITIES = {{o: dict(c) for o, c in CAPABILITIES.items()}}\nCAPABILITIES['{operator}']['{feature}'] = ()\n"
         f"fields['operators'] = {{'{operator}': 'fake_missing_sdk:answer'}}",
     )
     function, arguments = CALLS[operator]

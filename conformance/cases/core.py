@@ -82,6 +82,24 @@ INDEX_OPTIONS = (
     IndexCase("prefill-dim64", "Index head dimension 64.", ("geometry",), HEADLINE, ((16, 5000),), head_dim=64),
 )
 
+# Name, layout, ways to store it: page sizes, and None for flat. A planar cache is planar in each page.
+PACKED: tuple[tuple[str, str, tuple[int | None, ...]], ...] = (
+    ("planar", "idx_fp8_132_planar", (64, 128)),
+    ("interleaved", "idx_fp8_132_interleaved", (64, 128, None)),
+)
+# A backend may read packed caches alone: each layout meets every head count and every way to store keys in both phases.
+INDEX_PACKED = tuple(
+    IndexCase(f"{phase}-{label}-h{heads}-{f'page{page_size}' if page_size else 'flat'}",
+              f"Keys in the {label} cache alone: {heads} heads over {f'pages of {page_size}' if page_size else 'flat keys'}.",
+              ("layout", "paging" if page_size else "ragged", "causal-offset", "poison"), HEADLINE, requests,
+              heads=heads, page_size=page_size, shared_pages=2 if page_size else 0, gap=0 if page_size else 3, k_layout=k_layout, padding_rows=1,
+              options=SCORES if page_size == 64 and heads == 64 else ())
+    for label, k_layout, pages in PACKED
+    for phase, requests in (("decode", ((2, 4100), (1, 2048), (1, 2049), (1, 90), (1, 0))), ("prefill", ((9, 4100), (5, 2300), (6, 90), (3, 2))))
+    for heads in (64, 32)
+    for page_size in pages
+)
+
 ATTEND_TEMPLATES = (
     AttendCase("decode-paged64", "One row per request over permuted and shared pages, holes anywhere, requests of 0 and 1 key, NaN in every unread slot.",
                ("paging", "poison", "invalid-indices", "short-row", "padding-rows"), "", ((1, 65537), (1, 2049), (1, 1), (1, 0), (1, 8000)),
@@ -100,11 +118,13 @@ ATTEND_TEMPLATES = (
                ("exactness", "rope-part"), "", ((5, 3000), (2, 1)), heads=64, logits="onehot", smoke=True),
 )
 # One of each set is enough for a claim, so every head count meets every way to store keys.
-INDEX_GRID = tuple(
-    IndexCase(f"{phase}-h{heads}-page{page_size}", f"{heads} heads over pages of {page_size}.", ("paging", "causal-offset", "poison"), "", requests,
-              heads=heads, page_size=page_size, shared_pages=2)
-    for phase, requests in (("decode", ((3, 4100), (1, 2300), (1, 90))), ("prefill", ((9, 4100), (5, 2300), (6, 90))))
-    for heads, page_size in ((64, 128), (32, 64))
+INDEX_GRID = (
+    *(IndexCase(f"{phase}-h{heads}-page{page_size}", f"{heads} heads over pages of {page_size}.", ("paging", "causal-offset", "poison"), "", requests,
+                heads=heads, page_size=page_size, shared_pages=2)
+      for phase, requests in (("decode", ((3, 4100), (1, 2300), (1, 90))), ("prefill", ((9, 4100), (5, 2300), (6, 90))))
+      for heads, page_size in ((64, 128), (32, 64))),
+    IndexCase("prefill-h32-flat", "32 heads over flat keys of several requests.", ("ragged", "causal-offset"), "", ((9, 4100), (5, 2300), (6, 90)),
+              heads=32, gap=3),
 )
 ATTEND_GRID = tuple(
     AttendCase(f"{phase}-h{heads}-{f'page{page_size}' if page_size else 'flat'}", f"{heads} heads over {f'pages of {page_size}' if page_size else 'flat keys'}, hot logits.",
@@ -119,6 +139,16 @@ ATTEND_LSE = (
     AttendCase("prefill-lse", "Natural-logarithm lse over flat keys, short and padding rows at -inf.", ("lse", "short-row"), "",
                ((5, 6000), (2, 0), (2, 7)), heads=64, padding_rows=1, logits="peaked", options=LSE, smoke=True),
     AttendCase("decode-lse", "The same over pages.", ("lse", "paging"), "", ((1, 4100), (2, 130), (1, 0)), heads=64, page_size=64, options=LSE, smoke=True),
+)
+# Keys as wide as values: a port of such models has every head count and every way to store keys tried, in both phases.
+ATTEND_512 = tuple(
+    AttendCase(f"{phase}-dim512-h{heads}-{f'page{page_size}' if page_size else 'flat'}",
+               f"Keys as wide as values, {heads} heads over {f'pages of {page_size}' if page_size else 'flat keys'}, {logits} softmax.",
+               ("geometry", "paging" if page_size else "ragged", "logits", "invalid-indices"), "bf16", requests, heads=heads, dims=(512, 512),
+               page_size=page_size, shared_pages=2 if page_size else 0, padding_rows=1, logits=logits, options=LSE if page_size != 128 else ())
+    for phase, requests in (("decode", ((2, 2900), (1, 2049), (1, 70), (1, 1), (1, 0))), ("prefill", ((5, 2900), (1, 2100), (1, 70))))
+    for heads, rotated in ((128, 0), (64, 1), (16, 2))
+    for page_size, logits in zip((None, 64, 128), (("flat", "peaked", "hot") * 2)[rotated : rotated + 3], strict=True)
 )
 ATTEND_FORMATS = ("bf16", "f16", "v32_fp8_656_nsr", "v32_fp8_656_nsr_f32", "ascend_656_nrs_int8", "ascend_656_nrs_fp8", "f32")
 ATTEND_OPTIONS = (
@@ -155,14 +185,14 @@ def _index() -> Iterable[Case]:
             yield named(case, format)
         if format.split("/")[1] != "bf16":
             yield named(INDEX_CANCEL, format)
-    yield from map(named, INDEX_OPTIONS)
+    yield from map(named, (*INDEX_OPTIONS, *INDEX_PACKED))
 
 
 def _attend() -> Iterable[Case]:
     for format in ATTEND_FORMATS:
         for case in (*ATTEND_TEMPLATES, *ATTEND_GRID, *ATTEND_LSE):
             yield named(case, format)
-    yield from map(named, ATTEND_OPTIONS)
+    yield from map(named, (*ATTEND_OPTIONS, *ATTEND_512))
 
 
 _PIPELINE_INDEX = IndexCase("", "", (), HEADLINE, ((5, 5000), (2, 2300), (1, 700)), page_size=64)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TypeAlias
 
-from dsa_portable.conformance.cases.core import BOUNDARY_LENGTHS, HEADLINE, named
+from dsa_portable.conformance.cases.core import BOUNDARY_LENGTHS, HEADLINE, PACKED, named
 from dsa_portable.conformance.cases.index_scores import ScoresCase
 from dsa_portable.conformance.cases.index_select import SelectCase
 
@@ -36,6 +36,7 @@ SCORES_TEMPLATES = (
                ("paging", "poison", "padding-rows"), "", ((12, 1300), (5, 129)), heads=32, page_size=128, padding_rows=2),
     ScoresCase("prefill-h64-page128", "64 heads over pages of 128.", ("paging", "poison"), "", ((6, 700), (5, 90)), page_size=128, shared_pages=2),
     ScoresCase("prefill-h32-page64", "32 heads over pages of 64.", ("paging", "poison"), "", ((6, 700), (5, 90)), heads=32, page_size=64, shared_pages=2),
+    ScoresCase("prefill-h32-flat", "32 heads over flat keys of several requests.", ("ragged", "causal-offset"), "", ((6, 700), (5, 90)), heads=32, gap=1),
 )
 SCORES_FORMATS = (HEADLINE, "int8/f32/f32", "bf16/f32/-")
 SCORES_OPTIONS = (
@@ -48,10 +49,17 @@ SCORES_OPTIONS = (
                ("visible-nan",), HEADLINE, ((6, 500), (9, 400), (6, 300)), visible_nan=True),
     ScoresCase("decode-out", "Results written into an array of the caller's that held NaN bytes.", ("out", "short-row"), HEADLINE,
                ((1, 800), (2, 40), (1, 0)), padding_rows=2, options=(("out", True),)),
-    ScoresCase("prefill-planar", "The 132-byte cache with all values of a page before all its scales.", ("layout", "paging"), HEADLINE,
-               ((8, 1000), (6, 300)), page_size=64, k_layout="idx_fp8_132_planar"),
-    ScoresCase("prefill-interleaved", "The 132-byte cache with each token's scale behind its values.", ("layout", "paging"), HEADLINE,
-               ((8, 1000), (6, 300)), page_size=64, k_layout="idx_fp8_132_interleaved"),
+)
+# A backend may read packed caches alone.
+SCORES_PACKED = tuple(
+    ScoresCase(f"{phase}-{label}-h{heads}-{f'page{page_size}' if page_size else 'flat'}",
+               f"Keys in the {label} cache alone: {heads} heads over {f'pages of {page_size}' if page_size else 'flat keys'}.",
+               ("layout", "paging" if page_size else "ragged", "causal-offset", "poison"), HEADLINE, requests,
+               heads=heads, page_size=page_size, shared_pages=2 if page_size else 0, gap=0 if page_size else 3, k_layout=k_layout, padding_rows=1)
+    for label, k_layout, pages in PACKED
+    for phase, requests in (("decode", ((2, 700), (1, 90), (1, 1), (1, 0))), ("prefill", ((6, 700), (5, 90), (3, 2))))
+    for heads in (64, 32)
+    for page_size in pages
 )
 SELECT = (
     SelectCase("decode-lengths", "One row per request, lengths 0, 1, topk-1, topk, topk+1 and beyond, NaN and +inf in every column not seen.",
@@ -86,7 +94,7 @@ SELECT = (
 def _cases() -> Iterable[Case]:
     for format in SCORES_FORMATS:
         yield from (named(case, format) for case in SCORES_TEMPLATES)
-    yield from map(named, SCORES_OPTIONS)
+    yield from map(named, (*SCORES_OPTIONS, *SCORES_PACKED))
     yield from (replace(case, id=f"index-select-{case.id}") for case in SELECT)
 
 

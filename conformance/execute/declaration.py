@@ -15,7 +15,7 @@ from dsa_portable.backend import CONTRACT_VERSION, Backend, Device
 from dsa_portable.conformance.cases.catalogue import Case
 from dsa_portable.conformance.cases.relation import PipelineCase
 from dsa_portable.conformance.execute.recording import Key, Subject
-from dsa_portable.contract import ANY, Capabilities
+from dsa_portable.contract import ANY, Capabilities, PerPhase
 from dsa_portable.errors import BackendExited, DSAError, no_exit
 from dsa_portable.operators import FEATURES
 from dsa_portable.profile import UNIT_ROUNDOFF, Accumulator, Profile
@@ -161,10 +161,11 @@ def capabilities(backend: Backend, chip: Device) -> Capabilities:
                 raise DeclarationError(
                     f"{who} has the feature {name!r} of {operator}, but {', '.join(known)} are known; correct its spelling."
                 )
-            if values is not ANY and not isinstance(values, (tuple, list, set, frozenset, range)):
+            phases = [values.decode, values.prefill] if isinstance(values, PerPhase) else [values]
+            if not all(v is ANY or isinstance(v, (tuple, list, set, frozenset, range)) for v in phases):
                 raise DeclarationError(
                     f"{who} offers {name} = {values!r} for {operator}, but ANY or a tuple, list, set or range of values is "
-                    f"accepted; write ({values!r},) for one value."
+                    f"accepted, or a PerPhase of two such; write ({values!r},) for one value."
                 )
     return declared
 
@@ -176,8 +177,9 @@ def profiles(
     found: dict[Key, Profile] = {}
     sources: dict[Key, Mapping[str, str]] = {}
     for key in dict.fromkeys(asked):
-        operator, format, _ = key
-        if format not in offered.get(operator, {}).get("format", ()):
+        operator, format, phase = key
+        formats = next(feature for feature in FEATURES[operator] if feature.name == "format")
+        if format not in formats.offered(offered, operator, phase):
             continue
         call = f"profile{key}"
         profile = _ask(backend, call, partial(backend.profile, chip, *key))

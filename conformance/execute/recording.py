@@ -20,7 +20,7 @@ import numpy as np
 from dsa_portable.backend import Device
 from dsa_portable.conformance.cases.call import Outputs, sha256_of
 from dsa_portable.conformance.execute import arrays_file
-from dsa_portable.contract import ANY, Capabilities
+from dsa_portable.contract import ANY, Capabilities, PerPhase
 from dsa_portable.errors import DSAError
 from dsa_portable.profile import Accumulator, Profile
 
@@ -149,7 +149,7 @@ class Subject:
     def to_json(self) -> dict[str, Any]:
         """As subject.json has it."""
         offered = {
-            operator: {name: "any" if values is ANY else [*_items(values)] for name, values in features.items()}
+            operator: {name: _listed(values) for name, values in features.items()}
             for operator, features in self.capabilities.items()
         }
         return {f.name: getattr(self, f.name) for f in fields(self)} | {
@@ -161,8 +161,18 @@ class Subject:
         }
 
 
-def _items(values: Any) -> Iterable[Any]:
-    return values if isinstance(values, (tuple, list, range)) else sorted(values, key=repr)
+def _listed(values: Any) -> Any:
+    if isinstance(values, PerPhase):
+        return {"decode": _listed(values.decode), "prefill": _listed(values.prefill)}
+    if values is ANY:
+        return "any"
+    return [*values] if isinstance(values, (tuple, list, range)) else sorted(values, key=repr)
+
+
+def _offered(listed: Any) -> Any:
+    if isinstance(listed, dict):
+        return PerPhase(_offered(listed["decode"]), _offered(listed["prefill"]))
+    return ANY if listed == "any" else tuple(listed)
 
 
 def save_subject(folder: Path, subject: Subject) -> None:
@@ -179,7 +189,7 @@ def load_subject(folder: Path) -> Subject | None:
             for operator, format, phase, values in stored["profiles"]
         }
         offered = {
-            operator: {name: ANY if values == "any" else tuple(values) for name, values in features.items()}
+            operator: {name: _offered(values) for name, values in features.items()}
             for operator, features in stored["capabilities"].items()
         }
         sources = {(operator, format, phase): found for operator, format, phase, found in stored["sources"]}

@@ -39,9 +39,9 @@ def features_of(case: Case, call: Call) -> dict[str, Any]:
 def undeclared(case: Case, calls: Sequence[Call], capabilities: Capabilities) -> tuple[Feature, Any] | None:
     """The first feature that a call uses and the backend does not declare, with the value asked for."""
     for call in calls:
-        used, declared = features_of(case, call), capabilities.get(call.operator, {})
+        used = features_of(case, call)
         for feature in FEATURES[call.operator]:
-            if feature.name in used and used[feature.name] not in declared.get(feature.name, ()):
+            if feature.name in used and used[feature.name] not in feature.offered(capabilities, call.operator, call.phase):
                 return feature, used[feature.name]
     return None
 
@@ -50,16 +50,29 @@ def required(case: Case, used: Mapping[str, Any], capabilities: Capabilities) ->
     """True where the claim falls without the case: it uses only required features, and of alternatives one that is declared."""
     if isinstance(case, PipelineCase) or (isinstance(case, RelationCase) and case.relation == "page-size"):
         return False  # It needs both operators, or several page sizes; a claim is about one operator, and one size is enough.
-    declared = capabilities.get(case.operator, {})
     for feature in FEATURES[case.operator]:
         if feature.name == "format" or feature.name not in used:
             continue
         if used[feature.name] not in feature.required:
             return False
-        offered = declared.get(feature.name, ())
-        if used[feature.name] not in offered and any(value in offered for value in feature.required):
+        offered = used[feature.name] in feature.offered(capabilities, case.operator, case.phase)
+        if not offered and (_offers(feature, case, capabilities) or _stands_in(feature, case, capabilities)):
             return False
     return True
+
+
+def _offers(feature: Feature, of: Case | ProfileEntry, capabilities: Capabilities) -> bool:
+    """Some value that a claim can do with."""
+    offered = feature.offered(capabilities, of.operator, of.phase)
+    if not feature.required:
+        return bool(offered)
+    return any(value in offered for value in feature.required)
+
+
+def _stands_in(feature: Feature, of: Case | ProfileEntry, capabilities: Capabilities) -> bool:
+    """Another feature that a claim may have in this one's place."""
+    other = next((f for f in FEATURES[of.operator] if f.name == feature.instead), None)
+    return other is not None and _offers(other, of, capabilities)
 
 
 def claims(
@@ -120,14 +133,16 @@ def _obstacle(
         return f"evidence is {evidence}"
     if frozen.family == "deterministic" and not (profile.profile["deterministic"] and profile.profile["ties"] == "lowest"):
         return "the declared profile is not deterministic with ties to the lowest"
-    declared = capabilities.get(profile.operator, {})
     passed = [row.features for row in rows if row.status is Status.PASS]
     needed = [feature for feature in FEATURES[profile.operator] if feature.required]
     # What is missing comes first: it is why the cases of other features did not pass either.
     for feature in needed:
-        if not any(value in declared.get(feature.name, ()) for value in feature.required):
-            return f"required feature '{feature.name}' is not declared"
+        if not _offers(feature, profile, capabilities) and not _stands_in(feature, profile, capabilities):
+            other = f" (or '{feature.instead}' in its place)" if feature.instead else ""
+            return f"required feature '{feature.name}'{other} is not declared"
     for feature in needed:
+        if not _offers(feature, profile, capabilities):
+            continue
         covered = [features for features in passed if features.get(feature.name) in feature.required]
         if not covered and any(feature.name in row.features for row in rows):
             return f"no case of required feature '{feature.name}' passed"

@@ -27,8 +27,8 @@ from dsa_portable.formats import layout
 
 # How keys are stored: features of whatever reads keys.
 STORED = (
-    Feature("flat", lambda r: when(r.batch.block_table is None), "keys in one flat array", YES),
-    Feature("page_size", lambda r: r.batch.page_size, "paged keys, positions per page", (64, 128)),
+    Feature("flat", lambda r: when(r.batch.block_table is None), "keys in one flat array", YES, instead="page_size"),
+    Feature("page_size", lambda r: r.batch.page_size, "paged keys, positions per page", (64, 128), instead="flat"),
 )
 RAGGED = (Feature("ragged", lambda r: when(r.batch.num_requests > 1), "several requests of unequal lengths", YES),)
 # Which keys a row sees: features of whatever masks.
@@ -74,7 +74,17 @@ def k_layout() -> Any:
         "name of an index cache layout or None",
         "how a packed k is stored; never inferred",
         default=None,
-        features=(Feature("k_layout", lambda r: r.k_layout, "packed index caches, by name"),),
+        features=(
+            Feature(
+                "unpacked",
+                lambda r: when(r.k_layout is None),
+                "keys, and their scales, in arrays of their own; offered unless `()` is declared",
+                YES,
+                instead="k_layout",
+                implied=YES,
+            ),
+            Feature("k_layout", lambda r: r.k_layout, "packed index caches, by name"),
+        ),
     )
 
 

@@ -47,7 +47,7 @@ class AttendRequest(Request):
                 "format", lambda r: r.format, "dtype of q and kv, or the packed cache; each with a phase is a claim of its own"
             ),
             Feature("heads", lambda r: r.dims["Hq"], "query heads", (128, 64, 16)),
-            Feature("dims", lambda r: f"{r.dims['Dqk']}/{r.value_dim}", "Dqk/value_dim", ("576/512",)),
+            Feature("dims", lambda r: f"{r.dims['Dqk']}/{r.value_dim}", "Dqk/value_dim", ("576/512", "512/512")),
         ),
     )
     kv: Array = array(
