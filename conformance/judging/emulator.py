@@ -45,10 +45,15 @@ def index_operands(q: Array, codes: Float64, scale: Float64, profile: Profile) -
     return held(single, profile.qk_compute, profile), keys, np.ones_like(factor), profile.qk_compute
 
 
-def index_scores(call: Call, profile: Profile, backwards: bool = False) -> dict[int, Float32]:
+def orders(dim: int) -> list[Any]:
+    """Three orders in which a kernel may sum a dot product: from the first dimension, from the last, and in strides."""
+    return [slice(None), slice(None, None, -1), np.argsort(np.arange(dim) * 7919 % 104729)]
+
+
+def index_scores(call: Call, profile: Profile, order: Any = slice(None)) -> dict[int, Float32]:
     """Row -> float32 scores of the positions it sees, from its start on; rows of no request are absent.
 
-    `backwards`: the last dimension first.
+    `order`: of the dimensions, one of `orders`.
     """
     scores: dict[int, Float32] = {}
     spans = list(oracle.rows(call))
@@ -60,8 +65,7 @@ def index_scores(call: Call, profile: Profile, backwards: bool = False) -> dict[
         low, high = min(span[2] for span in mine), max(span[3] for span in mine)
         codes, scales = oracle.index_keys(call, request, np.arange(low, high))
         queries, keys, scale, operands = index_operands(call.arrays["q"], codes, scales, profile)
-        if backwards:
-            queries, keys = queries[..., ::-1], keys[:, ::-1]
+        queries, keys = queries[..., order], keys[:, order]
         for row, _, start, end in mine:
             parts = []
             for first in range(start, end, oracle.TILE):

@@ -32,7 +32,7 @@ class IndexFacts:
     start: int
     scores: Float64
     bound: Float64
-    emulated: tuple[Float64, ...]  # in one order of summation, or two
+    emulated: tuple[Float64, ...]  # in one order of summation, or in several
     best: Array  # the topk of the true scores, where the row sees more; else empty
     exchanged_emulated: int
 
@@ -60,9 +60,9 @@ class IndexReference:
         if "scores" in self.call.arrays:
             yield from self._given()
             return
-        # Where every product is cut, another order errs by another amount: an honest kernel may have either.
-        orders = (False, True) if self.profile.accumulator.bits < 24 else (False,)
-        emulated = [emulator.index_scores(self.call, self.profile, backwards) for backwards in orders]
+        # Where every product is cut, another order errs by another amount: an honest kernel may have any.
+        orders = emulator.orders(self.call.arrays["q"].shape[2])[: 3 if self.profile.accumulator.bits < 24 else 1]
+        emulated = [emulator.index_scores(self.call, self.profile, order) for order in orders]
         for block, low, (scores, weighted, products) in self._truth():
             for i, row in enumerate(range(block.start, block.stop)):
                 start, end = self.spans[row]
