@@ -229,10 +229,9 @@ def attention_bound(profile: Profile, row: Operands, dtype: str) -> RowBound:
     )
     rounding = UNIT_ROUNDOFF[dtype]
     bound = bound * (1 + rounding) + rounding * abs(out) + HALF_SUBNORMAL[dtype] + _subnormal(profile.partials)
-    # What a float32 exponent cannot hold may become 0: a sink that outweighs every key by more than 2^126, say.
-    bound = bound + SMALLEST_NORMAL["float32"] * (1 + abs(v).max(axis=0))
     # P as it is stored is smaller than its share by what the maximum was rounded up.
     stored = np.exp(np.minimum(_rounding(profile.maximum) * row.largest, 600))[:, None]
+    bound = bound + smallest_held(profile) * stored * (1 + abs(v).max(axis=0))
     bound = bound + stored * _subnormal(profile.p) * abs(v).sum(axis=0)
     if profile.subnormals == "flushed":
         flushed = SMALLEST_NORMAL[profile.p] if profile.p in HALF_SUBNORMAL else 0.0
@@ -246,6 +245,14 @@ def attention_bound(profile: Profile, row: Operands, dtype: str) -> RowBound:
         + summed
     )
     return RowBound(bound, lse_bound + (u_p if profile.normaliser == "rounded" else 0.0))
+
+
+def smallest_held(profile: Profile) -> float:
+    """What a float32 exponent cannot hold may become 0: a sink that outweighs every key by more than 2^126, say.
+
+    Beside a maximum that is renewed late everything is larger by e to the threshold, and so overflows by so much earlier.
+    """
+    return SMALLEST_NORMAL["float32"] * math.exp(profile.rescale_threshold)
 
 
 def leaves_exact(profile: Profile) -> bool:
@@ -339,7 +346,7 @@ def error_floor(profile: Profile, row: Operands, dtype: str) -> Float64:
     relative = np.maximum(relative, row.one_by_one)
     whole = relative * np.linalg.norm(out, axis=1)
     # Outputs that a sink has pressed to the end of float32's range keep no relative accuracy, as in (B).
-    tiny = SMALLEST_NORMAL["float32"] * np.sqrt(v.shape[1]) * (1 + abs(v).max())
+    tiny = smallest_held(profile) * np.sqrt(v.shape[1]) * (1 + abs(v).max())
     return np.asarray(np.maximum.reduce([whole, logits, probabilities, np.full(len(out), tiny)]))
 
 

@@ -37,8 +37,9 @@ Single: TypeAlias = IndexCase | AttendCase
 Found: TypeAlias = dict[str, tuple[str, dict[str, float]]]
 
 FOLDER = Path(__file__).parent
-# The seeds from 10 to 19 counted first: they showed one alarm, of a third order of summation, and count no more.
-SETTING, COUNTING = (tuple(f"honest {first + i} " for i in range(10)) for first in (0, 20))
+# Seeds 10 to 19 and 20 to 29 counted before. Each ten showed one alarm (a third order of summation; what overflows beside a
+# maximum that is renewed late), which was mended, and so count no more.
+SETTING, COUNTING = (tuple(f"honest {first + i} " for i in range(10)) for first in (0, 30))
 
 
 def _index(name: str, format: str, requests: tuple[tuple[int, int], ...], **fields: Any) -> IndexCase:
