@@ -270,8 +270,11 @@ def normaliser_gamma(profile: Profile, count: int) -> float:
 
 
 def _normaliser_lean(profile: Profile, count: int) -> float:
-    """Relative error of what `normaliser_gamma` bounds: tiles add nearly equal sums, which round the same way each time."""
-    return _rounding(profile.normaliser_sum) / 4 * math.ceil(count / TILE)
+    """What `normaliser_gamma` bounds is no random walk: tiles add nearly equal sums, which round the same way each time.
+
+    So an honest error may be as large as the bound, which is KAPPA times this.
+    """
+    return _rounding(profile.normaliser_sum) / KAPPA * math.ceil(count / TILE)
 
 
 def drift(accumulator: Accumulator, length: int) -> float:

@@ -115,7 +115,7 @@ class Way:
     across: bool = False  # the reduced accumulator runs on from tile to tile
     scaled_query: bool = False  # softmax_scale multiplies q, in float32
     minus_lse: bool = False  # P is exp(x - lse) in a second pass
-    slack: float = 0.0  # exp is wrong by so many units of 2^-24, always upwards
+    slack: float = 0.0  # exp is wrong by so many units of 2^-24, always upwards, but for exp(0) = 1
 
 
 def attend(
@@ -153,7 +153,7 @@ def _sink(sink: Array | None, top: Array) -> Any:
 
 def _exp(x: Array, way: Way) -> Array:
     found = np.exp2(x * np.float32(np.log2(np.e))) if way.base_two else np.exp(x)
-    return np.asarray(found * np.float32(1 + way.slack * 2.0**-24), np.float32)
+    return np.where(x == 0, np.float32(1), found * np.float32(1 + way.slack * 2.0**-24)).astype(np.float32)
 
 
 def _walk(x: Array, values: Array, how: Profile, way: Way) -> tuple[Array, Array, Array]:
