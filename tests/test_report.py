@@ -482,6 +482,38 @@ def test_progress_says_how_far_it_is_and_how_long_it_takes() -> None:
     assert progress(row, 20, 20, 3700.0).startswith("[20/20   61:40,   0:00 left] ")
 
 
+def outside_every_envelope(operators: int) -> Report:
+    """A report whose profiles lie in no envelope, or of two operators the index's alone."""
+    source = report([case(1), case(1, F, key=ATTEND)])
+    (entry,) = source.profiles
+    alone = entry.model_copy(update={"envelope": None})
+    other = entry.model_copy(update={"operator": "sparse_attend", "format": "bf16", "phase": "prefill"})
+    return source.model_copy(update={"profiles": [alone, other] if operators == 2 else [alone]})
+
+
+@pytest.mark.parametrize(
+    ("operators", "words"),
+    [
+        (1, "no envelope: rows inform, no level"),
+        (2, "no envelope: rows of lightning_index e4m3/f32/f32 decode inform, no level"),
+    ],
+)
+def test_a_backend_outside_the_envelopes_reads_so_first(operators: int, words: str) -> None:
+    source = outside_every_envelope(operators)
+    assert header(source).splitlines()[1] == words
+    assert table(source).startswith(f"{words}\n\n")
+    page = summary(source)
+    assert page.replace("\\", "").split("\n\n")[1] == words
+    assert "no envelope" not in header(report()) + table(report()) + summary(report())
+
+
+def test_a_profile_is_shown_in_words() -> None:
+    source = report()
+    assert "    declared: P in bfloat16\n" in table(source)
+    assert "P in bfloat16" in summary(source)
+    assert '<property name="profile.words" value="P in bfloat16"' in junit(source)
+
+
 def test_table_shows_claims_counts_and_every_failure_with_its_reproducer() -> None:
     source = mixed()
     text = table(source)

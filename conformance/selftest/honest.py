@@ -153,7 +153,7 @@ def _sink(sink: Array | None, top: Array) -> Any:
 
 def _exp(x: Array, way: Way) -> Array:
     found = np.exp2(x * np.float32(np.log2(np.e))) if way.base_two else np.exp(x)
-    return np.where(x == 0, np.float32(1), found * np.float32(1 + way.slack * 2.0**-24)).astype(np.float32)
+    return np.asarray(np.where(x == 0, np.float32(1), found * np.float32(1 + way.slack * 2.0**-24)), np.float32)
 
 
 def _walk(x: Array, values: Array, how: Profile, way: Way) -> tuple[Array, Array, Array]:
