@@ -155,6 +155,13 @@ def test_one_feature_may_stand_in_for_another_and_one_of_them_is_needed(key: Key
     assert neither.reason == f"required feature '{first}' (or '{other.pop()}' in its place) is not declared"
 
 
+def test_one_case_alone_carries_no_claim() -> None:
+    narrow = with_values(INDEX, heads=(32,), page_size=(128,), flat=(), k_layout=())
+    found = claim(INDEX, narrow)
+    assert found.counts[Status.PASS] == 1
+    assert (found.level, found.reason) == (None, "only 1 case of the claim passed, and it takes 2: so little is declared")
+
+
 def test_storage_is_declared_for_the_phase_that_has_it() -> None:
     """As in serving: flat prefill, paged decode."""
     decode, prefill = INDEX, (*INDEX[:2], "prefill")

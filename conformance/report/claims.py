@@ -25,6 +25,8 @@ from dsa_portable.profile import ENVELOPE_NAMES
 
 # Operators that select: a row that sees no more keys than topk proves nothing about them.
 SELECTING = ("lightning_index", "index_select")
+# A narrow declaration leaves few cases of a list, and one alone carries no claim.
+FEWEST = 2
 
 
 def features_of(case: Case, call: Call) -> dict[str, Any]:
@@ -148,6 +150,8 @@ def _obstacle(
             return f"no case of required feature '{feature.name}' passed"
     if lacking := [row.id for row in rows if row.claim_required and row.status is Status.UNSUPPORTED]:
         return f"required case {lacking[0]} is not supported"
+    if len(passed) < FEWEST:
+        return f"only {len(passed)} case of the claim passed, and it takes {FEWEST}: so little is declared"
     if profile.operator in SELECTING and not any(row.selective_rows for row in rows if row.status is Status.PASS):
         return "no passed case has a selective row, so nothing is proven about selection"
     return ""
