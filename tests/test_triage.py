@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from dsa_portable.conformance.cases.call import Outputs
+from dsa_portable.conformance.cases.catalogue import CASES
 from dsa_portable.conformance.judging import triage
 from dsa_portable.conformance.judging.attend_mistakes import ATTEND, counted, tell
 from dsa_portable.conformance.judging.index_mistakes import INDEX
@@ -20,6 +21,7 @@ from dsa_portable.conformance.judging.rules import Verdict
 from dsa_portable.conformance.selftest import matrix
 from dsa_portable.conformance.selftest import triage as measured
 from dsa_portable.conformance.selftest.inputs import INPUTS
+from dsa_portable.profile import Profile
 
 
 @cache
@@ -131,6 +133,20 @@ def test_two_mistakes_at_once_are_no_mistake_of_the_table() -> None:
     one, other = outputs_of("A4", name), outputs_of("A5", name)
     mixed = {"out": np.where(np.arange(len(one["out"]))[:, None, None] % 2, one["out"], other["out"])}
     assert explained(mixed, name)[1] == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "results"),
+    [("index-scores-e4m3-f32-f32-decode-flat", ("scores",)), ("index-select-decode-lengths", ("indices",))],
+)
+def test_an_operator_s_part_that_fails_gets_no_words(name: str, results: tuple[str, ...]) -> None:
+    case = CASES[name]
+    (call,) = case.steps()
+    found = {name: np.zeros(shape, dtype) for name, (dtype, shape) in call.request.results.items()}
+    assert tuple(found) == results
+    verdict = judge_calls(case, [call], [found], lambda call: Profile(), triage.explain)
+    assert verdict.status == "FAIL"
+    assert "looks like" not in verdict.reason
 
 
 def test_the_words_stand_in_the_reason_and_nowhere_else() -> None:

@@ -31,7 +31,8 @@ LONGEST = 1 << 17
 
 def explain(reference: IndexReference | AttendReference, outputs: Outputs, verdict: Verdict) -> str:
     """ "; looks like: ..." of a call that failed, or nothing."""
-    if verdict.status != "FAIL":
+    # Of an operator's part there is no table: its inputs or its results are others.
+    if verdict.status != "FAIL" or reference.call.operator not in ("lightning_index", "sparse_attend"):
         return ""
     if words := words_of(matching(reference, outputs, verdict)):
         return f"; looks like: {words}"
