@@ -154,7 +154,7 @@ def test_every_status_class_code_list_and_backend_is_in_the_readme() -> None:
 
 
 def test_a_result_in_the_readme_is_of_the_list_that_is_shipped() -> None:
-    core = json.loads((ROOT / "conformance" / "frozen" / "core-2026.11.json").read_text(encoding="utf-8"))
+    core = json.loads((ROOT / "conformance" / "frozen" / "core-2026.12.json").read_text(encoding="utf-8"))
     assert set(re.findall(r"\bcore-[\d.]+\d", README)) == {core["name"]}
 
 

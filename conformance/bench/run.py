@@ -21,11 +21,13 @@ from dsa_portable.conformance.report import environment
 from dsa_portable.conformance.report.schema import Evidence
 from dsa_portable.conformance.report.write import prepare, write_texts
 from dsa_portable.errors import InvalidArgument, Unsupported
-from dsa_portable.operators import FEATURES, REQUESTS
+from dsa_portable.operators import REQUESTS
 
 OK, FAIL, ERROR, UNSUPPORTED = "OK", "FAIL", "ERROR", "UNSUPPORTED"
 FAILED, INCOMPLETE = 1, 3
 SCHEMA = "dsa-portable-bench-1"
+# What there are workloads of.
+WHOLE = tuple(name for name, request in REQUESTS.items() if not request.part_of)
 
 
 def run(
@@ -54,9 +56,9 @@ def run(
 
 def _workloads(found: Machine, table: Sequence[Workload], operator: str | None, only: str) -> list[Workload]:
     """The rows that were asked for. Raises InvalidArgument for an operator that is not there, or where no row is left."""
-    if operator is not None and operator not in FEATURES:
-        raise InvalidArgument(f"--op is {operator!r}, but {' or '.join(FEATURES)} is accepted; name one of them.")
-    declared = [name for name in FEATURES if found.backend.capabilities(found.device).get(name)]
+    if operator is not None and operator not in WHOLE:
+        raise InvalidArgument(f"--op is {operator!r}, but {' or '.join(WHOLE)} is accepted; name one of them.")
+    declared = [name for name in WHOLE if found.backend.capabilities(found.device).get(name)]
     if operator is not None and operator not in declared:
         raise InvalidArgument(
             f"--op is {operator}, but backend {found.backend.name!r} declares {' and '.join(declared) or 'no operator'}; "
@@ -255,7 +257,7 @@ class _Run:
 
     def _curves(self) -> None:
         declared = self.machine.backend.capabilities(self.machine.device)
-        if missing := [name for name, request in REQUESTS.items() if not request.part_of and not declared.get(name)]:
+        if missing := [name for name in WHOLE if not declared.get(name)]:
             self.report["curve_check"] = {curve.DSA: f"the backend does not declare {' and '.join(missing)}"}
             self.say(f"curve: left out, {self.report['curve_check'][curve.DSA]}")
             return

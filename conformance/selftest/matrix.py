@@ -6,12 +6,9 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from types import MappingProxyType
 
@@ -19,10 +16,10 @@ import numpy as np
 
 from dsa_portable.conformance.cases.call import Call, Outputs, Steps, drive
 from dsa_portable.conformance.judging.judge import judge_call, judge_calls, reference_of
-from dsa_portable.conformance.judging.process import ONE_THREAD, cores
 from dsa_portable.conformance.selftest import lightning_index, sparse_attend
 from dsa_portable.conformance.selftest.inputs import INPUTS
 from dsa_portable.conformance.selftest.plant import Fault, Kernel, kernel
+from dsa_portable.conformance.selftest.pool import pool
 from dsa_portable.errors import DSAError
 from dsa_portable.profile import Profile
 
@@ -118,12 +115,11 @@ def run(
     if unknown := [code for code in codes if code not in FAULTS]:
         raise SelftestError(f"fault {unknown[0]!r} is not planted, but {', '.join(FAULTS)} are; name one of them.")
     matrix.kills, matrix.idle = {code: {} for code in codes}, {*codes}
-    os.environ.update(ONE_THREAD)  # read by the BLAS of each process that is spawned below
-    with ProcessPoolExecutor(jobs or cores(), mp_context=get_context("spawn")) as pool:
+    with pool(jobs) as processes:
         for dear in (False, True):
             chosen = [name for name in matrix.names if INPUTS[name].dear is dear]
             left = {name: [c for c in _of(name, codes) if not (dear and matrix.kills[c])] for name in chosen}
-            tried = {name: pool.submit(_try, name, mine) for name, mine in left.items() if mine}
+            tried = {name: processes.submit(_try, name, mine) for name, mine in left.items() if mine}
             for name, future in tried.items():
                 for code, (status, why, changed) in future.result().items():
                     matrix.add(name, code, status, why, changed)

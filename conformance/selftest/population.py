@@ -7,13 +7,11 @@ statistical rules have constants: ten seeds of small templates say whether they 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
-from multiprocessing import get_context
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -27,8 +25,8 @@ from dsa_portable.conformance.cases.sparse_attend import AttendCase
 from dsa_portable.conformance.judging import bounds
 from dsa_portable.conformance.judging.judge import judge_call, reference_of
 from dsa_portable.conformance.judging.lightning_index import Truth
-from dsa_portable.conformance.judging.process import ONE_THREAD, cores
 from dsa_portable.conformance.selftest.honest import KERNELS
+from dsa_portable.conformance.selftest.pool import pool
 from dsa_portable.errors import DSAError
 from dsa_portable.profile import envelope
 
@@ -196,9 +194,8 @@ def run(
         raise PopulationError(f"honest kernel {unknown[0]!r} does not exist, but {'; '.join(KERNELS)} do; name one of them.")
     mark, chosen = version(), list(chosen)
     done = dict(_resumed(out, mark)) if out else {}
-    os.environ.update(ONE_THREAD)  # read by the BLAS of each process that is spawned below
-    with ProcessPoolExecutor(jobs or cores(), mp_context=get_context("spawn")) as pool:
-        waiting = {pool.submit(judged, unit, names): unit for unit in chosen if unit.key not in done}
+    with pool(jobs) as processes:
+        waiting = {processes.submit(judged, unit, names): unit for unit in chosen if unit.key not in done}
         for future in as_completed(waiting):
             unit = waiting[future]
             done[unit.key] = future.result()
