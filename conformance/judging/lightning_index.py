@@ -118,7 +118,9 @@ class IndexReference:
         best, exchanged = np.empty(0, np.int64), 0
         if self.selects and len(scores) > self.topk:
             best = np.argsort(-scores, kind="stable")[: self.topk]
-            sets = (np.argsort(-own, kind="stable")[: self.topk] for own in orders)
+            sets = [np.argsort(-own, kind="stable")[: self.topk] for own in orders]
+            if self.profile.logit not in WIDE and self.profile.ties == "any":  # many are equal: the highest may be kept as well
+                sets += [np.argsort(own, kind="stable")[::-1][: self.topk] for own in orders]
             exchanged = max(exchanged_keys(scores, best, chosen) for chosen in sets)
         return IndexFacts(self.spans[row][0], scores.copy(), bound, orders, best, exchanged)
 
