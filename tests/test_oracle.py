@@ -14,8 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dsa_portable.conformance.cases.axes import INDEX_FORMATS
 from dsa_portable.conformance.cases.call import Call
-from dsa_portable.conformance.cases.core import INDEX_FORMATS
 from dsa_portable.conformance.cases.lightning_index import IndexCase
 from dsa_portable.conformance.cases.sparse_attend import AttendCase
 from dsa_portable.conformance.judging import oracle, oracle_dense

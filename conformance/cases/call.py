@@ -14,6 +14,7 @@ import numpy as np
 from dsa_portable.arrays import NUMPY_DTYPES
 from dsa_portable.batch import ARRAYS as BATCH_ARRAYS
 from dsa_portable.batch import Batch
+from dsa_portable.conformance.cases.surroundings import STRIDES, USUAL
 from dsa_portable.contract import Request
 from dsa_portable.operators import REQUESTS
 
@@ -33,11 +34,14 @@ class Call:
     options: Mapping[str, Any]
     batch_options: Mapping[str, Any] = field(default_factory=dict)
     dependent: tuple[str, ...] = ()  # arrays that are an earlier call's results, and so no part of the frozen inputs
+    strides: str = "contiguous"  # a row of surroundings.STRIDES: how every array lies in memory, and `out`
+    prelude: bool = False  # made for what it leaves behind, and not judged
 
     def sha256(self) -> str:
         """Over every array's name, dtype, shape and bytes, and the options."""
         digest = hashlib.sha256()
         described = {"operator": self.operator, "options": dict(self.options), "batch": dict(self.batch_options)}
+        described |= {"strides": self.strides} if self.strides != "contiguous" else {}
         digest.update(json.dumps(described, sort_keys=True).encode())
         arrays = {name: array for name, array in self.arrays.items() if name not in self.dependent}
         for name, array in sorted({**arrays, **{f"batch.{n}": a for n, a in self.batch.items()}}.items()):
@@ -46,15 +50,15 @@ class Call:
         return digest.hexdigest()
 
     def make_batch(self, put: Callable[[Array], Any] = lambda array: array) -> Batch:
-        """The Batch, its arrays where `put` puts them; the maxima come from the host's lengths."""
+        """The Batch, its arrays where `put` puts them; the maxima come from the host's lengths unless the case has its own."""
         fields: dict[str, Any] = {**self.batch, **self.batch_options}
         host = Batch(**fields)
         arrays, integers = host.flatten()
-        return Batch.unflatten([None if a is None else put(a) for a in arrays], integers)
+        return Batch.unflatten([None if a is None else STRIDES[self.strides](a, put) for a in arrays], integers)
 
     def on(self, put: Callable[[Array], Any]) -> Call:
         """The same call with every array copied to a device (the batch's lengths stay on the host)."""
-        return replace(self, arrays={name: put(array) for name, array in self.arrays.items()})
+        return replace(self, arrays={name: STRIDES[self.strides](array, put) for name, array in self.arrays.items()})
 
     def slots(self, request: int, positions: Array) -> Array:
         """Rows of the keys' memory, pages flattened, that hold these positions of a request."""
@@ -88,19 +92,43 @@ class Call:
 
 
 class SingleCall:
-    """A case of one call: it has `build(seed)`."""
+    """A case of one call, or of one and what runs before it: it has `build(seed)`."""
+
+    around = USUAL
 
     def build(self, seed: str = "") -> Call:
         """The call; `seed` draws other values of the same shapes."""
         raise NotImplementedError
 
     def steps(self, seed: str = "") -> Steps:
-        """The one call."""
-        yield self.build(seed)
+        """The one call, after the one that runs before it."""
+        call = self.build(seed)
+        if self.around.before:
+            yield replace(self.before(call, seed), prelude=True)
+        yield call
+
+    def before(self, call: Call, seed: str) -> Call:
+        """A call of the same shapes: on other requests and numbers, or on NaN alone."""
+        if self.around.before == "nan":
+            return replace(call, arrays={name: _all_nan(array) for name, array in call.arrays.items()})
+        return self.reversed().build(f"{seed}before/")
+
+    def reversed(self) -> SingleCall:
+        """The case with its requests in reverse order."""
+        raise NotImplementedError
 
     def disagreement(self, calls: Sequence[Call], outputs: Sequence[Outputs]) -> str:
         """A single call has nothing to agree with."""
         return ""
+
+
+def _all_nan(array: Array) -> Array:
+    """All ones are NaN in every float format, and so in the scales of a packed cache; indices stay."""
+    if array.dtype == np.int32:
+        return array
+    spoilt = np.empty_like(array)
+    spoilt.view(np.uint8)[...] = 0x7F if array.dtype == np.int8 else 0xFF
+    return spoilt
 
 
 def drive(steps: Steps, run: Callable[[Call], Outputs | None]) -> list[Call]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TypeAlias, TypeVar
 
+from dsa_portable.conformance.cases.axes import ATTEND_FORMATS, HEADLINE, INDEX_FORMATS
 from dsa_portable.conformance.cases.lightning_index import IndexCase
 from dsa_portable.conformance.cases.relation import PipelineCase
 from dsa_portable.conformance.cases.sparse_attend import AttendCase
@@ -47,9 +48,6 @@ INDEX_SCORES = (
 )
 INDEX_CANCEL = IndexCase("prefill-cancel", "Pairs of heads with weights a and d - a: only what lies below 8 bits of the weights decides.",
                          ("weights-precision", "head-sum-precision", "exactness"), "", ((16, 4096),), content="cancel", smoke=True)
-# The combinations of operand, weights and scale dtypes that chips take; one of them is enough to claim an operand format.
-INDEX_FORMATS = ("e4m3/f32/f32", "e4m3/bf16/f32", "int8/f16/f16", "int8/f32/f32", "bf16/f32/-", "bf16/bf16/-", "f16/f16/-")
-HEADLINE = "e4m3/f32/f32"
 # The formats that the smoke list tries; a template says whether it is one of its cases.
 SMOKE_FORMATS = (HEADLINE, "bf16", "v32_fp8_656_nsr")
 INDEX_OPTIONS = (
@@ -150,7 +148,6 @@ ATTEND_512 = tuple(
     for heads, rotated in ((128, 0), (64, 1), (16, 2))
     for page_size, logits in zip((None, 64, 128), (("flat", "peaked", "hot") * 2)[rotated : rotated + 3], strict=True)
 )
-ATTEND_FORMATS = ("bf16", "f16", "v32_fp8_656_nsr", "v32_fp8_656_nsr_f32", "ascend_656_nrs_int8", "ascend_656_nrs_fp8", "f32")
 ATTEND_OPTIONS = (
     AttendCase("prefill-mean", "Equal logits over 2^m keys of small integers: the exact mean.", ("exactness",), "bf16", ((4, 2500), (2, 64)), logits="mean", heads=64, smoke=True),
     AttendCase("prefill-sink", "Sinks of -inf, finite values and +inf, never in the lse.", ("sink", "lse"), "bf16", ((5, 3000), (2, 0)), heads=64, sink=True, options=LSE, smoke=True),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from dsa_portable.conformance.cases.core import ATTEND_FORMATS, HEADLINE, INDEX_FORMATS, LSE, named
+from dsa_portable.conformance.cases.axes import ATTEND_FORMATS, HEADLINE, INDEX_FORMATS
+from dsa_portable.conformance.cases.core import LSE, named
 from dsa_portable.conformance.cases.lightning_index import IndexCase
 from dsa_portable.conformance.cases.relation import RelationCase
 from dsa_portable.conformance.cases.sparse_attend import AttendCase

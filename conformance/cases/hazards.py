@@ -46,6 +46,7 @@ HAZARDS: Mapping[str, str] = MappingProxyType(
         "page-size": "the same keys in other pages",
         "symmetry": "heads, keys or entries in another order, weights scaled, values shifted",
         "end-to-end": "attention over the indices that the same backend selected",
+        "strides": "arrays that are no C-contiguous memory of their own",
         "big-offset": "element offsets beyond 2^31",
     }
 )

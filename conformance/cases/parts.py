@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TypeAlias
 
-from dsa_portable.conformance.cases.core import BOUNDARY_LENGTHS, HEADLINE, PACKED, named
+from dsa_portable.conformance.cases.axes import HEADLINE
+from dsa_portable.conformance.cases.core import BOUNDARY_LENGTHS, PACKED, named
 from dsa_portable.conformance.cases.index_scores import ScoresCase
 from dsa_portable.conformance.cases.index_select import SelectCase
 

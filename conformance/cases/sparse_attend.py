@@ -1,20 +1,20 @@
 """Cases of sparse_attend: what a row of the table becomes when it is built.
 
-Only keys that some index names, and the shared pages, hold numbers; all others are NaN.
+Only keys that some index names, and the shared pages, hold numbers; all others are NaN, or infinite.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from dsa_portable.batch import DECODE_ROWS
 from dsa_portable.conformance.cases import values
 from dsa_portable.conformance.cases.call import Call, SingleCall
-from dsa_portable.conformance.cases.lightning_index import LONG
+from dsa_portable.conformance.cases.lightning_index import LONG, phase_of
 from dsa_portable.conformance.cases.storage import Storage, flat, paged, share
+from dsa_portable.conformance.cases.surroundings import USUAL, Surroundings
 from dsa_portable.formats import LAYOUTS, pack
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -22,10 +22,16 @@ Array: TypeAlias = np.ndarray[Any, Any]
 # 192^-0.5 * mscale^2 with mscale = 0.1 * ln(40) + 1: what DeepSeek-V3.2 uses, and not the 576^-0.5 of common defaults.
 V32_SCALE = 0.1352337788608801
 # Query sizes that give logits of standard deviation 0.07, 3 and 35 over kv of standard deviation 1.2.
-QUERY_SCALE = {"flat": 2.0**-13, "peaked": 0.75 * 2.0**-7, "hot": 2.0**-4}
+QUERY_SCALE = {"flat": 2.0**-13, "peaked": 0.75 * 2.0**-7, "hot": 2.0**-4, "above": 0.75 * 2.0**-7, "below": 0.75 * 2.0**-7}
+# All logits of a row lie that far from 0, by a last dimension in which every key is 8; 0.1352 * 139 * 8 = 150.
+OFFSET, KEY_OF_OFFSET = {"above": 139.0, "below": -139.0}, 8.0
 INVALID = (-1, -(2**31), 2**31 - 1, -7, -123456)
 # Most lie near the lse, where they matter, and need more than bfloat16 has.
 SINKS = (-np.inf, 12.7, 11.3, np.inf, 13.9, 0.0, 100.0, 9.1)
+# Where the largest logits lie, so that `sinks_near` has finite sinks about there.
+SINKS_NEAR = {"hot": 120.0, "above": 150.0, "below": -150.0}
+# `lengths_beyond`: topk_length below 0 and above topk too, in turns; None is topk, a fraction that of it.
+LENGTHS_BEYOND = (-4, 1, 1 / 3, 2**31 - 1, 0, -(2**31), 2.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -52,13 +58,20 @@ class AttendCase(SingleCall):
     every_key: bool = False  # every key holds numbers, as the indices are not known when the case is built
     options: tuple[tuple[str, Any], ...] = ()  # return_lse, out
     smoke: bool = False  # a case of the smoke list too
+    sinks_near: bool = False  # the largest logits, wherever they lie
+    lengths_beyond: bool = False
+    subset: bool = False  # every row names at most half of its request's keys
+    slot_zero: bool = False  # position 0, flat row 0 and slot 0 are named by no row, and hold NaN
+    twice: bool = False  # a request holds a page twice
+    around: Surroundings = USUAL
+    point: tuple[tuple[str, str], ...] = ()  # of axes.py, where the case is a row of the covering table
 
     operator, prefix = "sparse_attend", "attend"
 
     @property
     def phase(self) -> str:
         """`decode` or `prefill`, as Batch.phase has it."""
-        return "decode" if max(rows for rows, _ in self.requests) <= DECODE_ROWS else "prefill"
+        return phase_of(self.requests)
 
     @property
     def exact(self) -> bool:
@@ -69,18 +82,56 @@ class AttendCase(SingleCall):
         """The call; `seed` draws other values of the same shapes."""
         name = f"{seed}{self.id}"
         lengths = tuple(lk for _, lk in self.requests)
-        storage = paged(name, lengths, self.page_size, self.shared_pages) if self.page_size else flat(lengths, self.gap)
+        storage = flat(lengths, self.gap)
+        if self.page_size:
+            storage = paged(name, lengths, self.page_size, self.shared_pages, self.twice)
         rows = sum(lq for lq, _ in self.requests) + self.padding_rows
-        indices, length = self._indices(name, rows)
-        arrays = {"q": self._queries(name, rows), "kv": self._kv(name, storage, indices, length), "indices": indices}
+        barred = [
+            np.union1d([0], np.flatnonzero(slots == 0)) if self.slot_zero else np.empty(0, np.int64) for slots in storage.rows
+        ]
+        indices, length = self._indices(name, rows, barred)
+        queries = self._queries(name, rows)
+        spoilt = self._spoilt(queries, indices, length) if self.around.neighbours else {}
+        arrays = {"q": queries, "kv": self._kv(name, storage, indices, length, barred, spoilt), "indices": indices}
         if self.sink:
-            arrays["attn_sink"] = np.array(SINKS, np.float32)[np.arange(self.heads) % len(SINKS)]
+            near = SINKS_NEAR.get(self.logits, 0.0) if self.sinks_near else 0.0
+            arrays["attn_sink"] = (np.array(SINKS, np.float32) + np.float32(near))[np.arange(self.heads) % len(SINKS)]
         if self.topk_length:
             arrays["topk_length"] = length.astype(np.int32)
+        if self.around.garbage:
+            self._soil_padding(arrays)
         options = {"softmax_scale": V32_SCALE, "value_dim": self.dims[1], "kv_layout": self._layout, **dict(self.options)}
         batch = dict(storage.batch)
         batch["cu_seqlens_q"] = np.concatenate([[0], np.cumsum([lq for lq, _ in self.requests])]).astype(np.int32)
-        return Call("sparse_attend", arrays, batch, options, {"page_size": self.page_size})
+        batch_options = {"page_size": self.page_size, **self.around.maxima(self.requests)}
+        return Call("sparse_attend", arrays, batch, options, batch_options, strides=self.around.strides)
+
+    def reversed(self) -> AttendCase:
+        """The case with its requests in reverse order."""
+        return replace(self, requests=self.requests[::-1])
+
+    def _spoilt(self, queries: Array, indices: Array, length: Array) -> dict[int, int]:
+        """NaN in one row's q; request -> a position that one row alone names, whose key will be NaN."""
+        found: dict[int, int] = {}
+        row = 0
+        for r, (lq, lk) in enumerate(self.requests):
+            named = [np.unique(indices[i, : max(0, length[i])]) for i in range(row, row + lq)]
+            positions, counts = np.unique(np.concatenate([np.empty(0, np.int64), *named]), return_counts=True)
+            alone = positions[(counts == 1) & (positions >= 0) & (positions < lk)]
+            if lq > 1 and len(alone):
+                found[r] = int(alone[-1])
+            if lq > 1 and not np.isnan(queries).any():
+                queries[row] = np.nan
+            row += lq
+        return found
+
+    def _soil_padding(self, arrays: dict[str, Array]) -> None:
+        """NaN, and indices and lengths of everything, in rows that belong to nobody."""
+        first = sum(lq for lq, _ in self.requests)
+        arrays["q"][first:] = np.nan
+        arrays["indices"][first:] = np.resize([0, *INVALID, 1, 2], self.topk)
+        if self.topk_length:
+            arrays["topk_length"][first:] = 2**31 - 1
 
     @property
     def _layout(self) -> str | None:
@@ -100,6 +151,8 @@ class AttendCase(SingleCall):
             q[:, np.arange(self.heads), self.dims[1] + np.arange(self.heads) % (self.dims[0] - self.dims[1])] = 64.0
         else:
             q = self._bell(f"{name}/q", shape) * QUERY_SCALE[self.logits]
+            if self.logits in OFFSET:
+                q[..., -1] = OFFSET[self.logits]
         return values.cast(q, self._dtype)
 
     def _bell(self, name: str, shape: tuple[int, ...]) -> Array:
@@ -108,24 +161,29 @@ class AttendCase(SingleCall):
             return values.fine_bell(name, shape) * 2.0**-8
         return values.bell(name, shape).astype(np.float64)
 
-    def _indices(self, name: str, rows: int) -> tuple[Array, Array]:
+    def _indices(self, name: str, rows: int, barred: list[Array]) -> tuple[Array, Array]:
         """int32 [rows, topk] and the leading entries that count; padding rows name real keys, which must change nothing."""
         indices = np.full((rows, self.topk), -1, np.int64)
         length = np.full(rows, self.topk)
         row = 0
-        for lq, lk in self.requests:
+        for r, (lq, lk) in enumerate(self.requests):
             for _ in range(lq):
-                indices[row], length[row] = self._row(f"{name}/indices{row}", row, lk)
+                indices[row], length[row] = self._row(f"{name}/indices{row}", row, lk, barred[r])
                 row += 1
         indices[row:] = 0
         return indices.astype(np.int32), length
 
-    def _row(self, name: str, row: int, keys: int) -> tuple[Array, int]:
+    def _row(self, name: str, row: int, keys: int, barred: Array) -> tuple[Array, int]:
         count = min(keys, self.topk)
+        if self.subset:
+            count = min(count, max(1, keys // 2), keys)
         if self.logits == "mean":
             count = 1 << (count.bit_length() - 1) if count else 0
         chosen = values.subset(name, keys, count)
-        if count > 1:
+        if self.slot_zero:
+            chosen = np.setdiff1d(chosen, barred)
+            count = len(chosen)
+        elif count > 1:
             # The first and the last key are always among them: both ends of the request, and of a page, are read.
             chosen = np.concatenate([[0, keys - 1], chosen[(chosen != 0) & (chosen != keys - 1)]])[:count]
         if self.repeated:
@@ -148,23 +206,34 @@ class AttendCase(SingleCall):
             entries[:count] = chosen
         if self.topk_length:
             length = (0, 1, self.topk // 3, self.topk)[row % 4]
+        if self.lengths_beyond:
+            beyond = LENGTHS_BEYOND[row % len(LENGTHS_BEYOND)]
+            length = int(beyond * self.topk) if isinstance(beyond, float) else beyond
         return entries, length
 
-    def _kv(self, name: str, storage: Storage, indices: Array, length: Array) -> Array:
+    def _kv(
+        self, name: str, storage: Storage, indices: Array, length: Array, barred: list[Array], spoilt: dict[int, int]
+    ) -> Array:
         logical_parts: list[list[Array]] = []
         row = 0
         for r, (lq, lk) in enumerate(self.requests):
-            mine = [indices[i, : length[i]] for i in range(row, row + lq)]
+            mine = [indices[i, : max(0, length[i])] for i in range(row, row + lq)]
             used = np.unique(np.concatenate([np.empty(0, np.int64), *mine]))
             used = used[(used >= 0) & (used < lk)]
             if self.every_key:
                 used = np.arange(lk)
             elif self.page_size:
                 used = np.union1d(used, np.arange(min(lk, self.shared_pages * self.page_size)))
+            if self.twice:
+                used = np.flatnonzero(np.isin(storage.rows[r], storage.rows[r][used]))
+            used = np.setdiff1d(used, [*barred[r], spoilt.get(r, -1)])
             logical_parts.append(self._logical(f"{name}/kv{r}", used, lk))
             row += lq
-        parts = [share(storage, [part[i] for part in logical_parts]) for i in range(len(logical_parts[0]))]
-        placed = [storage.place(part, _poison(part[0].dtype)) for part in parts]
+        empty = self._logical(f"{name}/kv", np.empty(0, np.int64), 0)
+        parts = [share(storage, [part[i] for part in logical_parts]) for i in range(len(empty))]
+        placed = [
+            storage.place(part, self.around.filler(form.dtype), form.shape[1:]) for part, form in zip(parts, empty, strict=True)
+        ]
         return pack(self._layout, *placed) if self._layout else placed[0]
 
     def _logical(self, name: str, used: Array, keys: int) -> list[Array]:
@@ -178,8 +247,10 @@ class AttendCase(SingleCall):
             # Dimension d is large in one key that every row of the request names: the first and last key, in turns.
             for d in range(width - value):
                 body[0 if d % 2 else -1, value + d] = 64.0
+        if self.logits in OFFSET:
+            body[:, -1] = KEY_OF_OFFSET * 2.0**7
         if self._layout is None:
-            return [_scatter(values.cast(body if self.exact else body * 2.0**-7, self._dtype), used, keys)]
+            return [self._scatter(values.cast(body if self.exact else body * 2.0**-7, self._dtype), used, keys)]
         layout = LAYOUTS[self._layout]
         tiles = (len(used), value // layout.tile)
         small = layout.value_dtype.name == "int8"
@@ -188,15 +259,10 @@ class AttendCase(SingleCall):
             latent, rope = latent * (0.25 if small else 1.0), rope * 2.0**-7
             scale = values.scales(f"{name}/scale", tiles, layout.power_of_two) * (2.0**-3 if small else 2.0**-5)
         parts = (values.cast(latent, layout.value_dtype.name), scale.astype(np.float32), values.cast(rope, "bfloat16"))
-        return [_scatter(part, used, keys) for part in parts]
+        return [self._scatter(part, used, keys) for part in parts]
 
-
-def _poison(dtype: Any) -> Array:
-    return np.array(127 if dtype == np.int8 else np.nan).astype(np.float32).astype(dtype)
-
-
-def _scatter(part: Array, used: Array, keys: int) -> Array:
-    whole = np.empty((keys, *part.shape[1:]), part.dtype)
-    whole[:] = _poison(part.dtype)
-    whole[used] = part
-    return whole
+    def _scatter(self, part: Array, used: Array, keys: int) -> Array:
+        whole = np.empty((keys, *part.shape[1:]), part.dtype)
+        whole[:] = self.around.filler(part.dtype)
+        whole[used] = part
+        return whole

@@ -23,9 +23,12 @@ class Storage:
     batch: dict[str, Array]
     page_size: int | None
 
-    def place(self, logical: list[Array], filler: Array) -> Array:
-        """[size, ...]: `filler` everywhere (broadcast), then each request's [Lk, ...] where it belongs."""
-        stored = np.empty((self.size, *logical[0].shape[1:]), logical[0].dtype)
+    def place(self, logical: list[Array], filler: Array, row: tuple[int, ...] = ()) -> Array:
+        """[size, ...]: `filler` everywhere (broadcast), then each request's [Lk, ...] where it belongs.
+
+        `row`: the shape of a key, where there may be no request to read it from.
+        """
+        stored = np.empty((self.size, *(logical[0].shape[1:] if logical else row)), filler.dtype)
         stored[:] = filler
         for slots, array in zip(self.rows, logical, strict=True):
             stored[slots] = array
@@ -40,23 +43,26 @@ def flat(lengths: tuple[int, ...], gap: int) -> Storage:
     return Storage(int(starts[-1]), rows, batch, None)
 
 
-def paged(name: str, lengths: tuple[int, ...], page_size: int, shared_pages: int) -> Storage:
+def paged(name: str, lengths: tuple[int, ...], page_size: int, shared_pages: int, twice: bool = False) -> Storage:
     """Pages in random order among unused ones; the first `shared_pages` full pages of a request are those of the longest one.
 
-    Table entries past the last page of a request name pages that do not exist: following one is a fault that shows.
+    `twice`: a request's second page is its first one again. Table entries past the last page of a request name pages that do
+    not exist: following one is a fault that shows.
     """
     counts = [-(-length // page_size) for length in lengths]
-    longest = int(np.argmax(lengths))
+    longest = int(np.argmax(lengths)) if lengths else 0
     common = [min(shared_pages, length // page_size) if r != longest else 0 for r, length in enumerate(lengths)]
     own = [count - shared for count, shared in zip(counts, common, strict=True)]
     pages = values.permutation(f"{name}/pages", sum(own) + 2)
-    width = max(counts) + 3
+    width = max(counts, default=0) + 3
     garbage = np.array(GARBAGE_PAGES, np.int64)[np.arange(len(lengths) * width) % len(GARBAGE_PAGES)]
     table = garbage.reshape(len(lengths), width)
     first = np.concatenate([[0], np.cumsum(own)])
     for r in sorted(range(len(lengths)), key=lambda r: r != longest):
         table[r, : common[r]] = table[longest, : common[r]]
         table[r, common[r] : counts[r]] = pages[first[r] : first[r + 1]]
+        if twice and lengths[r] >= 2 * page_size:
+            table[r, 1] = table[r, 0]
     positions = [np.arange(length) for length in lengths]
     rows = tuple(table[r, p // page_size] * page_size + p % page_size for r, p in enumerate(positions))
     batch = {"seqlens_k": np.array(lengths, np.int32), "block_table": table.astype(np.int32)}
@@ -65,7 +71,7 @@ def paged(name: str, lengths: tuple[int, ...], page_size: int, shared_pages: int
 
 def share(storage: Storage, logical: list[Array]) -> list[Array]:
     """Make requests that share a page agree on what lies in it: the longest request's values win."""
-    if storage.page_size is None:
+    if storage.page_size is None or not logical:
         return logical
     longest = max(range(len(logical)), key=lambda r: len(logical[r]))
     stored = np.zeros((storage.size, *logical[0].shape[1:]), logical[0].dtype)

@@ -28,6 +28,7 @@ from dsa_portable.batch import Batch
 from dsa_portable.conformance import hosts
 from dsa_portable.conformance.cases.call import Call, Outputs, drive, sha256_of
 from dsa_portable.conformance.cases.catalogue import CASES
+from dsa_portable.conformance.cases.surroundings import STRIDES
 from dsa_portable.conformance.execute import arrays_file, recording
 from dsa_portable.conformance.execute.process import peak_memory
 from dsa_portable.conformance.execute.recording import Recording, outputs_sha256
@@ -132,7 +133,7 @@ class Worker:
         wants_out = bool(arguments.pop("out", False))
         results = call.request.results
         if wants_out:
-            arguments["out"] = tuple(put(_nan_bytes(*result)) for result in results.values())
+            arguments["out"] = tuple(STRIDES[call.strides](_nan_bytes(*result), put) for result in results.values())
         self._leave_stale_buffers(results)
         self.backend.synchronize()
         before, started = self._witness(), time.perf_counter()

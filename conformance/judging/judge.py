@@ -57,8 +57,8 @@ def judge_calls(
     verdict = Verdict()
     shared: dict[Any, AttendFacts] | None = {} if len(calls) > 1 else None
     for i, (call, found) in enumerate(zip(calls, outputs, strict=True)):
-        if any(call is earlier for earlier in calls[:i]):
-            continue  # A rerun: judged once, and compared below.
+        if call.prelude or any(call is earlier for earlier in calls[:i]):
+            continue  # Made for what it leaves behind; or a rerun, which is judged once and compared below.
         reference = reference_of(case, call, profile_of(call), shared)
         single = judge_call(case, call, found, reference)
         verdict.metrics = single.metrics | verdict.metrics

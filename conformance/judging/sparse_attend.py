@@ -43,9 +43,10 @@ class AttendReference:
         self.dtype = call.arrays["q"].dtype.name
         self.owners = {row: request for row, request, _, _ in oracle.rows(call)}
         self._rows: dict[int, AttendFacts | None] = {}
+        self.spoilt = set[int]()  # rows that count a NaN or infinity, of which nothing is asked
 
     def row(self, row: int) -> AttendFacts | None:
-        """None where no valid index stands."""
+        """None where no valid index stands, and where the row is spoilt."""
         if row not in self._rows:
             self._rows[row] = self._facts(row, self.owners[row]) if row in self.owners else None
         return self._rows[row]
@@ -53,6 +54,9 @@ class AttendReference:
     def _facts(self, row: int, request: int) -> AttendFacts | None:
         kv, positions = oracle.attention_row(self.call, row, request)
         if not len(kv):
+            return None
+        if not (np.isfinite(kv).all() and np.isfinite(self.call.arrays["q"][row].astype(np.float64)).all()):
+            self.spoilt.add(row)
             return None
         if self.shared is None:
             return self._row(row, kv)
@@ -101,7 +105,9 @@ class AttendJudge:
         """Judge all rows, then the bias over the case."""
         for row in range(len(self.out)):
             facts, self.verdict.row = self.reference.row(row), row
-            if facts is None:
+            if row in self.reference.spoilt:
+                self.verdict.metrics["spoilt_rows"] = len(self.reference.spoilt)
+            elif facts is None:
                 self._empty(row, "padding row" if row not in self.reference.owners else "row without a valid index")
             else:
                 self._row(row, facts)
