@@ -66,7 +66,7 @@ class Batch:
     """visible(t) = [0, seqlens_k - Lq + i] for row i of a request of Lq rows, or [key_start[t], key_end[t]) where given.
 
     cu_seqlens_q: int32 [R + 1], prefix sums with a leading 0; request r owns rows `cu_seqlens_q[r]:cu_seqlens_q[r+1]`,
-        rows from `cu_seqlens_q[R]` on are padding.
+        rows from `cu_seqlens_q[R]` on are padding, where whatever has a row for them may hold anything.
     seqlens_k: int32 [R], keys per request.
     cu_seqlens_k: int32 [R + 1], where each request's keys begin in a flat k; None with host lengths: they lie end to end.
     block_table: int32 [R, max_pages], the pages of each request, with `page_size`; a request's entries past
