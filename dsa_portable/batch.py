@@ -36,7 +36,8 @@ Int32: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]
 
 # The fields that are arrays, in the order in which `flatten` gives them, with their rank.
 ARRAYS = {"cu_seqlens_q": 1, "seqlens_k": 1, "cu_seqlens_k": 1, "block_table": 2, "key_start": 1, "key_end": 1}
-# A decode step has one row per request, or a few where a draft model proposes several tokens; from here on it is prefill.
+# A decode step has one row per request, or a few where a draft model proposes several tokens: a call with a bound of at most
+# so many rows is decode, and one with a larger bound is prefill.
 DECODE_ROWS = 4
 # Positions, flat rows and slots are int32, so no cache has more places.
 MAX_PLACES = 2**31
@@ -65,12 +66,12 @@ class Batch:
     """visible(t) = [0, seqlens_k - Lq + i] for row i of a request of Lq rows, or [key_start[t], key_end[t]) where given.
 
     cu_seqlens_q: int32 [R + 1], prefix sums with a leading 0; request r owns rows `cu_seqlens_q[r]:cu_seqlens_q[r+1]`,
-        rows from `cu_seqlens_q[R]` on are padding.
+        rows from `cu_seqlens_q[R]` on are padding, where whatever has a row for them may hold anything.
     seqlens_k: int32 [R], keys per request.
     cu_seqlens_k: int32 [R + 1], where each request's keys begin in a flat k; None with host lengths: they lie end to end.
     block_table: int32 [R, max_pages], the pages of each request, with `page_size`; a request's entries past
         ceil(seqlens_k / page_size) are never followed.
-    max_seqlen_q, max_seqlen_k: upper bounds that launch shapes may depend on; found from host arrays when not given.
+    max_seqlen_q, max_seqlen_k: upper bounds that launch shapes, and `phase`, depend on; found from host arrays when not given.
     causal: False sees all keys.  key_start, key_end: int32 [Tq], end exclusive, positions in the request, clamped to
         [0, seqlens_k]; they replace causality entirely; start >= end is an empty row.
     Raises InvalidArgument for a wrong dtype, rank or size, and for host arrays that decrease, overrun their maxima or name
@@ -179,7 +180,7 @@ class Batch:
 
     @property
     def phase(self) -> str:
-        """`decode` where no request has more than 4 rows (by `max_seqlen_q`), else `prefill`."""
+        """`decode` where `max_seqlen_q` is at most 4, else `prefill`; a bound looser than the rows decides all the same."""
         return "decode" if self.max_seqlen_q <= DECODE_ROWS else "prefill"
 
     def validate(self) -> None:

@@ -268,7 +268,9 @@ def test_with_pages_gives_the_other_cache_its_own_table() -> None:
 @pytest.mark.parametrize(("rows", "phase"), [(0, "decode"), (1, "decode"), (4, "decode"), (5, "prefill")])
 def test_phase(rows: int, phase: str) -> None:
     assert Batch.of([1, rows], [9, 9]).phase == phase
-    assert Batch.of([1], [9], max_seqlen_q=8).phase == "prefill"
+    # The bound decides, not the rows.
+    assert Batch.of([1], [9], max_seqlen_q=4).phase == "decode"
+    assert Batch.of([1], [9], max_seqlen_q=5).phase == "prefill"
 
 
 @given(plain_batches())

@@ -14,8 +14,9 @@ from dsa_portable.conformance.cases.catalogue import CASES
 from dsa_portable.conformance.cases.sparse_attend import AttendCase
 from dsa_portable.conformance.judging import bounds, oracle
 from dsa_portable.conformance.judging.accumulator import dot
-from dsa_portable.conformance.judging.judge import judge_call
+from dsa_portable.conformance.judging.judge import judge_call, reference_of
 from dsa_portable.conformance.judging.rules import Verdict
+from dsa_portable.conformance.judging.triage import explain
 from dsa_portable.conformance.selftest.plant import Fault, kernel
 from dsa_portable.profile import Accumulator, Profile
 
@@ -268,6 +269,70 @@ def test_rows_that_prove_nothing_are_counted_apart() -> None:
     case = CASES["index-e4m3-f32-f32-decode-lengths"]
     found = judge_call(case, case.build(), kernel(Profile()).run(case.build()), Profile())
     assert (found.selective_rows, found.vacuous_rows) == (3, 4)
+
+
+WITH_SINK = replace(CASES["attend-bf16-prefill-sink"], requests=((3, 90), (2, 0)), heads=8, topk=64, padding_rows=1)
+# A row that attends to keys, a row of the request without keys, and a padding row; the head whose sink is NaN, and another.
+ATTENDS, EMPTY, PADDING_ROW, HEAD, OTHER = 1, 3, 5, 2, 1
+
+
+def judged_with_a_sink_of_nan(case: AttendCase, spoil: Callable[[dict[str, np.ndarray]], None]) -> tuple[Verdict, str]:
+    """The verdict on an honest kernel's outputs with something changed, and the words that triage adds."""
+    call = case.build()
+    sink = call.arrays["attn_sink"].copy()
+    if case.exact:
+        sink[np.isfinite(sink)] = -np.inf  # a finite one leaves something to round
+    sink[HEAD] = np.nan
+    call = replace(call, arrays={**call.arrays, "attn_sink": sink})
+    with np.errstate(all="ignore"):
+        outputs = {name: array.copy() for name, array in kernel(Profile()).run(call).items()}
+        spoil(outputs)
+        reference = reference_of(case, call, Profile())
+        found = judge_call(case, call, outputs, reference)
+        return found, explain(reference, outputs, found)
+
+
+@pytest.mark.parametrize("case", [WITH_SINK, replace(WITH_SINK, logits="mean")], ids=["natural", "exact"])
+@pytest.mark.parametrize("value", [None, np.nan, 0.0, -1e30, np.inf])
+def test_out_of_a_head_whose_sink_is_nan_may_be_anything(case: AttendCase, value: float | None) -> None:
+    def spoil(outputs: dict[str, np.ndarray]) -> None:
+        if value is not None:
+            outputs["out"][:3, HEAD] = value
+
+    found, _ = judged_with_a_sink_of_nan(case, spoil)
+    assert (found.status, found.reason) == ("PASS", "")
+    assert all(np.isfinite(number) for number in found.metrics.values() if isinstance(number, float)), found.metrics
+
+
+@pytest.mark.parametrize("case", [WITH_SINK, replace(WITH_SINK, logits="mean")], ids=["natural", "exact"])
+@pytest.mark.parametrize(
+    ("result", "place", "value", "rules"),
+    [
+        ("lse", (ATTENDS, HEAD), np.nan, {"nan"}),
+        ("lse", (ATTENDS, HEAD), 0.0, {"lse"}),
+        ("lse", (EMPTY, HEAD), np.nan, {"empty row"}),
+        ("lse", (PADDING_ROW, HEAD), np.nan, {"empty row"}),
+        ("out", (ATTENDS, OTHER), np.nan, {"nan"}),
+        ("out", (ATTENDS, OTHER), 3.0, {"bound", "exact"}),
+        ("out", (EMPTY, HEAD), np.nan, {"empty row"}),
+        ("out", (PADDING_ROW, HEAD), np.nan, {"empty row"}),
+    ],
+)
+def test_nothing_else_may(case: AttendCase, result: str, place: tuple[int, int], value: float, rules: set[str]) -> None:
+    found, words = judged_with_a_sink_of_nan(case, lambda outputs: outputs[result].__setitem__(place, value))
+    assert found.status == "FAIL"
+    assert found.rule in rules, found.reason
+    assert "attn_sink is ignored" not in words
+
+
+def test_a_head_whose_sink_is_nan_does_not_dilute_the_bias() -> None:
+    """Seven of eight heads lean, and the slope is theirs."""
+
+    def lean(outputs: dict[str, np.ndarray]) -> None:
+        outputs["out"] = (outputs["out"].astype(np.float32) * np.float32(1.25)).astype(outputs["out"].dtype)
+
+    found, _ = judged_with_a_sink_of_nan(WITH_SINK, lean)
+    assert found.metrics["slope"] == pytest.approx(0.25, rel=0.01)
 
 
 def test_intermediates_beyond_the_declared_range_are_unsupported() -> None:

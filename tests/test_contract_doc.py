@@ -117,7 +117,7 @@ def test_the_fields_of_a_batch() -> None:
         shape = next(row[1] for row in rows(section(4)) if name in re.findall(r"\w+", row[0]))
         assert shape.startswith("int32")
         assert shape.count(",") + 1 == rank
-    assert f"no request has more than {DECODE_ROWS} rows (`max_seqlen_q <= {DECODE_ROWS}`)" in section(4)
+    assert f"A call is `decode` where `max_seqlen_q <= {DECODE_ROWS}`, else `prefill`." in section(4)
 
 
 def test_every_batch_helper_is_named() -> None:

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from dsa_portable import Batch, DeviceUnavailable, lightning_index, registry, sparse_attend
+from dsa_portable import Batch, DeviceUnavailable, index_scores, index_select, lightning_index, registry, sparse_attend
 from dsa_portable.backends.cpu import BACKEND, settings
 from dsa_portable.formats import LAYOUTS, pack
 
@@ -526,10 +526,127 @@ def test_attend_of_visible_nan_and_infinity(engine: str, operand: str, value: fl
     np.testing.assert_array_equal(spoilt_lse[others], lse[others])
 
 
+@pytest.mark.parametrize("sink", [90.0, 95.0, 400.0, np.inf, -np.inf])
+def test_attend_keeps_what_a_large_sink_leaves(engine: str, sink: float) -> None:
+    """exp(sink) overflows float32, while the keys' share times 1e30 is an ordinary number."""
+    q, kv = np.zeros((1, 1, 2), np.float32), np.array([[1, 1e30]], np.float32)
+    out, lse = sparse_attend(
+        q,
+        kv,
+        np.array([[0, 0, -1]], np.int32),
+        softmax_scale=1.0,
+        value_dim=2,
+        attn_sink=np.array([sink], np.float32),
+        return_lse=True,
+        backend="cpu",
+    )
+    share = 2 / (2 + math.exp(sink)) if sink < math.inf else 0.0
+    # The share is a subnormal number beyond 87, of few bits, and a platform may flush it where it is the result.
+    np.testing.assert_allclose(out[0, 0], [share, 1e30 * share], rtol=1e-3, atol=2.0**-126)
+    assert sink != np.inf or not out.any()
+    np.testing.assert_allclose(lse, [[math.log(2)]], rtol=1e-6)
+
+
+def check_sink_of_nan() -> None:
+    """Only out of its own head changes, and only in rows that attend to a key."""
+    call = attend_call("bf16", flat, attn_sink=SINK)
+    sink = SINK.copy()
+    sink[1] = np.nan
+    (out, lse), (spoilt, spoilt_lse) = call.run(), call.run(attn_sink=sink)
+    empty = [row for row in range(len(call.owners)) if not call.entries(row)]
+    assert {call.owners[row] < 0 for row in empty} == {True, False}, "rows without a key, and padding rows"
+    np.testing.assert_array_equal(spoilt_lse, lse)
+    np.testing.assert_array_equal(spoilt[:, [0, 2, 3]], out[:, [0, 2, 3]])
+    np.testing.assert_array_equal(spoilt[empty], np.zeros_like(out[empty]))
+
+
+def test_attend_with_a_sink_of_nan(engine: str) -> None:
+    check_sink_of_nan()
+
+
 def test_attend_result_beyond_its_dtype_is_infinite(engine: str) -> None:
     q, kv = np.zeros((1, 1, 2), np.float16), np.full((2, 2), 65504, np.float16)
     out = sparse_attend(q, kv, np.array([[0, 1]], np.int32), softmax_scale=1.0, value_dim=2, backend="cpu")
     np.testing.assert_array_equal(out, [[[65504, 65504]]])
+
+
+# --- padding rows ---
+
+GARBAGE = (-(2**31), 2**31 - 1, -1, 0, 7)
+RANGES = {"key_start": GARBAGE[:2], "key_end": GARBAGE[1::-1]}
+
+
+def with_garbage(array: NDArray, value: float, integers: Sequence[int] = GARBAGE) -> NDArray:
+    """The same array with something else in the rows that belong to nobody: this number, or integers out of every range."""
+    changed = array.copy()
+    if array.dtype == np.int32:
+        changed[-PADDING:] = np.resize(integers, changed[-PADDING:].shape)
+    elif array.dtype == np.int8:
+        changed[-PADDING:] = -128
+    else:
+        changed[-PADDING:] = value
+    return changed
+
+
+def check_padding_rows(
+    function: Callable[..., Any], arguments: Mapping[str, Any], names: Sequence[str], value: float, **options: Any
+) -> None:
+    """Garbage in the padding rows of these arguments, and of the batch's ranges, changes no bit of any result."""
+    batch = arguments["batch"]
+    ranges = {}
+    if batch.key_start is not None:
+        # One row's range is everything, and the other's runs backwards.
+        ranges = {name: with_garbage(getattr(batch, name), value, ends) for name, ends in RANGES.items()}
+    changed = {name: with_garbage(arguments[name], value) for name in names}
+    clean = function(**arguments, **options, backend="cpu")
+    for spoilt in (*({name: array} for name, array in changed.items()), {**changed, "batch": replace(batch, **ranges)}):
+        found = function(**{**arguments, **spoilt}, **options, backend="cpu")
+        pairs = zip(found, clean, strict=True) if isinstance(found, tuple) else [(found, clean)]
+        for ours, theirs in pairs:
+            np.testing.assert_array_equal(ours, theirs)
+            assert not np.isnan(ours.astype(np.float32)).any()
+
+
+def ranged() -> tuple[list[Seen], dict[str, Any]]:
+    """`causal` as ranges of every row."""
+    seen = causal(SEQLENS)
+    starts, ends = (np.array([getattr(s, name) for s in seen], np.int32) for name in ("start", "end"))
+    return seen, {"key_start": starts, "key_end": ends}
+
+
+def check_padding_of_index(value: float) -> None:
+    for format in ("bf16/f32/-", "int8/f32/f32", "e4m3/f32/f32"):
+        for sees in (None, ranged):
+            call = index_call(format, flat, sees=sees)
+            check_padding_rows(lightning_index, call.arguments, ("q", "weights"), value, return_scores=True)
+            scored = {name: array for name, array in call.arguments.items() if name != "topk"}
+            check_padding_rows(index_scores, scored, ("q", "weights"), value)
+
+
+def check_padding_of_select(value: float) -> None:
+    for fields in ({}, ranged()[1]):
+        batch = Batch.of([q for q, _ in SEQLENS], [k for _, k in SEQLENS], **fields)
+        scores = np.random.default_rng(0).standard_normal((len(causal(SEQLENS)), batch.max_seqlen_k)).astype(np.float32)
+        check_padding_rows(index_select, {"scores": scores, "topk": 4, "batch": batch}, ("scores",), value)
+
+
+def check_padding_of_attend(value: float) -> None:
+    for format in ("f32", "bf16"):
+        options = {"attn_sink": SINK, "topk_length": np.minimum(LENGTH, 6)}
+        for storing in STORAGES:
+            call = attend_call(format, storing, **options)
+            batch = replace(call.arguments["batch"], **ranged()[1])
+            names = ("q", "indices", "topk_length")
+            check_padding_rows(sparse_attend, {**call.arguments, "batch": batch}, names, value, return_lse=True)
+
+
+PADDED = (check_padding_of_index, check_padding_of_select, check_padding_of_attend)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3.0])
+@pytest.mark.parametrize("check", PADDED)
+def test_padding_rows_may_hold_anything(engine: str, check: Callable[[float], None], value: float) -> None:
+    check(value)
 
 
 # --- memory, chunks, threads ---
@@ -846,6 +963,28 @@ def _sum_of_all_but_one(engine: Any, q: NDArray, kv: NDArray, scale: float, valu
 _attend = numpy_module.Engine.attend
 
 
+def _of_the_first_request(request: Any, engine: Any, row: int, owner: int, memory: int) -> tuple[NDArray, NDArray]:
+    out, lse = _row(request, engine, row, max(0, owner), memory)
+    return out, lse
+
+
+def _owner_not_asked(self: Batch, rows: int) -> tuple[NDArray, NDArray]:
+    if self.key_start is None or self.key_end is None:
+        return _key_range(self, rows)
+    end = np.clip(self.key_end, 0, self.max_seqlen_k)
+    return np.clip(self.key_start, 0, end), end
+
+
+def _sink_over_all(
+    request: Any, engine: Any, q: NDArray, owner: int, positions: NDArray, step: int
+) -> tuple[NDArray, NDArray, NDArray]:
+    out, top, total = _attend_all(request, engine, q, owner, positions, step)
+    return out, top + 0 * request.attn_sink[1], total
+
+
+_row, _key_range, _attend_all = attend_module._row, Batch.key_range, attend_module._attend
+
+
 def _merged_by_lse(
     request: Any, engine: Any, q: NDArray, owner: int, positions: NDArray, step: int
 ) -> tuple[NDArray, NDArray, NDArray]:
@@ -867,6 +1006,9 @@ FAULTS: list[tuple[str, Any, str, Any, Callable[[pytest.MonkeyPatch], None]]] = 
     ("table not followed", attend_module, "places", _first_page, lambda m: check_attend(attend_call("f32", paged))),
     ("-1 is the last key", attend_module, "_valid", _negative_wraps, lambda m: check_attend(attend_call("f32", flat))),
     ("lse of a sum", numpy_module.Engine, "attend", _sum_of_all_but_one, lambda m: check_attend(attend_call("f32", flat))),
+    ("padding attends", attend_module, "_row", _of_the_first_request, lambda m: check_padding_of_attend(3.0)),
+    ("padding sees", Batch, "key_range", _owner_not_asked, lambda m: check_padding_of_select(3.0)),
+    ("a head's sink reaches others", attend_module, "_attend", _sink_over_all, lambda m: check_sink_of_nan()),
     ("parts merged by lse", attend_module, "_attend", _merged_by_lse, check_attend_chunks),
 ]
 

@@ -464,6 +464,17 @@ def test_every_declared_rounding_is_modelled_and_nothing_else(result: Any, round
         np.testing.assert_array_equal(result(Profile(**promise)), exact)
 
 
+@pytest.mark.parametrize("profile", [Profile(), Profile(partials="bfloat16")], ids=["whole", "splits"])
+def test_what_a_large_sink_leaves_is_kept(profile: Profile) -> None:
+    """exp(sink) overflows float32; the keys' share of 8e-40 does not vanish beside 2^100."""
+    q, kv = np.zeros((3, 2), np.float32), np.array([[1.0, 2.0**100]] * 2)
+    out, lse = emulator.attention(q, kv, 0.5, 2, np.array([90.0, 400.0, np.nan], np.float32), profile)
+    np.testing.assert_allclose(out[0, 1], 2.0**101 * np.exp(-90.0), rtol=1e-3)
+    assert out[1].tolist() == [0, 0]
+    assert np.isfinite(out[:2]).all()
+    np.testing.assert_allclose(lse, np.log(2), rtol=1e-6)
+
+
 def test_a_sink_of_infinity_leaves_nothing() -> None:
     q, kv = np.ones((3, 4), np.float32), np.ones((5, 4))
     out, lse = emulator.attention(q, kv, 0.5, 2, np.array([-np.inf, 0.0, np.inf], np.float32), Profile())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import ml_dtypes
@@ -15,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsa_portable import InvalidArgument, merge, sparse_attend
+from dsa_portable.arrays import as_kind, to_numpy
 
 NDArray = npt.NDArray[Any]
-INF = math.inf
+INF, NAN = math.inf, math.nan
 
 
 def f32(*numbers: float) -> NDArray:
@@ -106,6 +108,67 @@ def test_sinks_at_the_ends() -> None:
     assert merge(out, lse, f32(-INF, INF))[0].tolist() == [[[3], [0]]]
     assert merge(out, lse, f32(-INF, INF))[1].tolist() == [[5, 5]]
     assert merge(out, lse, f32(5, 1e30))[0].tolist() == [[[1.5], [0]]]
+
+
+KINDS = ["numpy", pytest.param("torch", marks=pytest.mark.skipif(find_spec("torch") is None, reason="needs torch"))]
+
+
+def merged(
+    lses: Sequence[float], outs: Sequence[float], sink: NDArray | None = None, *, array_kind: str = "numpy", heads: int = 1
+) -> tuple[NDArray, NDArray]:
+    """merge of parts of one row and `heads` heads, all alike, through arrays of a kind; back in NumPy."""
+    out, lse = merge(
+        [as_kind(np.full((1, heads, 1), value, np.float32), array_kind) for value in outs],
+        [as_kind(np.full((1, heads), value, np.float32), array_kind) for value in lses],
+        None if sink is None else as_kind(sink, array_kind),
+    )
+    return to_numpy(out)[0, :, 0], to_numpy(lse)[0]
+
+
+@pytest.mark.parametrize("array_kind", KINDS)
+@pytest.mark.parametrize("sink", [None, -INF, 3.0, INF])
+@pytest.mark.parametrize("lses", [(INF,), (NAN,), (2, INF), (INF, 2), (NAN, 2), (-INF, INF), (INF, INF), (NAN, INF)])
+def test_an_lse_that_is_no_number_is_never_dropped(lses: tuple[float, ...], sink: float | None, array_kind: str) -> None:
+    out, lse = merged(lses, [1] * len(lses), None if sink is None else f32(sink), array_kind=array_kind)
+    assert np.isnan([*out, *lse]).all()
+
+
+@pytest.mark.parametrize("array_kind", KINDS)
+@pytest.mark.parametrize("bad", [INF, math.nan])
+def test_an_lse_that_is_no_number_spoils_its_row_and_head_alone(bad: float, array_kind: str) -> None:
+    outs = [np.full((2, 2, 3), value, np.float32) for value in (1, 3)]
+    lses = [np.full((2, 2), 5, np.float32) for _ in outs]
+    for sink in (None, f32(5, 5)):
+        passed = None if sink is None else as_kind(sink, array_kind)
+        clean = merge([as_kind(out, array_kind) for out in outs], [as_kind(lse, array_kind) for lse in lses], passed)
+        spoilt = [lse.copy() for lse in lses]
+        spoilt[1][0, 1] = bad
+        found = merge([as_kind(out, array_kind) for out in outs], [as_kind(lse, array_kind) for lse in spoilt], passed)
+        for ours, theirs in zip(map(to_numpy, found), map(to_numpy, clean), strict=True):
+            assert np.isnan(ours[0, 1]).all()
+            theirs = theirs.copy()
+            theirs[0, 1] = np.nan
+            np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("array_kind", KINDS)
+def test_a_sink_of_nan_spoils_out_of_its_head_alone(array_kind: str) -> None:
+    sink = f32(math.nan, 0)
+    out, lse = merged([0, 0], [1, 3], sink, array_kind=array_kind, heads=2)
+    assert out[1] == pytest.approx(4 / 3)
+    np.testing.assert_array_equal(lse, np.full(2, math.log(2), np.float32))
+    out, lse = merged([-INF, -INF], [1, math.nan], sink, array_kind=array_kind, heads=2)
+    assert (out.tolist(), lse.tolist()) == ([0, 0], [-INF, -INF])
+
+
+@pytest.mark.parametrize("array_kind", KINDS)
+def test_what_a_large_sink_leaves_is_kept(array_kind: str) -> None:
+    """exp(90) overflows float32; exp(-90) does not vanish beside 1e30."""
+    out, lse = merged([0, -2], [1e30, -1e30], f32(90, 95, 500, INF), array_kind=array_kind, heads=4)
+    left = 1e30 - 1e30 * math.exp(-2)
+    np.testing.assert_allclose(out[:2], [left * math.exp(-90), left * math.exp(-95)], rtol=1e-3)
+    assert out[2:].tolist() == [0, 0]
+    np.testing.assert_allclose(lse, math.log(1 + math.exp(-2)), rtol=1e-6)
 
 
 def test_no_overflow_where_exp_of_lse_would() -> None:

@@ -45,8 +45,12 @@ def _row(request: AttendRequest, engine: settings.Engine, row: int, owner: int, 
     with np.errstate(over="ignore", invalid="ignore"):
         out, top, total = _attend(request, engine, widen(request.q[row]), owner, positions, step)
         if request.attn_sink is not None:
-            # exp overflows to inf where the sink outweighs every key, and total / inf is the 0 it should be.
-            out = out * (total / (total + np.exp(request.attn_sink - top)))[:, None]
+            # The larger of the two is subtracted: exp(sink - top) overflows beyond 88, and out would be exactly 0 where keys
+            # still have a share. inf - inf is NaN, so a sink of +inf becomes the largest number: it leaves as little.
+            sink = np.minimum(request.attn_sink, np.finfo(np.float32).max)
+            largest = np.maximum(top, sink)
+            kept = total * np.exp(top - largest)
+            out = out * (kept / (kept + np.exp(sink - largest)))[:, None]
         return out, top + np.log(total)
 
 

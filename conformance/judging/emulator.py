@@ -93,9 +93,8 @@ def attention(
     if profile.partials in WIDE and profile.lse in WIDE:
         weighted, total, top = _online(logits, values, profile, operands)
         lse = top + np.log(total)
-        with np.errstate(over="ignore"):
-            total = total if sink is None else total + np.exp(sink - top)
-        return (weighted / total[:, None]).astype(q.dtype), lse
+        kept, total = beside_sink(total, top, sink)
+        return (weighted * kept[:, None] / total[:, None]).astype(q.dtype), lse
     outs, lses = [], []
     for split in np.array_split(np.arange(len(kv)), min(SPLITS, len(kv))):
         weighted, total, top = _online(logits[:, split], values[split], profile, operands)
@@ -104,10 +103,22 @@ def attention(
     top = np.maximum.reduce(lses)
     shares = [np.exp(lse - top) for lse in lses]
     lse = top + np.log(np.sum(shares, axis=0))
-    with np.errstate(over="ignore"):
-        total = np.sum(shares, axis=0) if sink is None else np.sum(shares, axis=0) + np.exp(sink - top)
-    merged = sum(share[:, None] * out for share, out in zip(shares, outs, strict=True)) / total[:, None]
+    kept, total = beside_sink(np.sum(shares, axis=0), top, sink)
+    merged = sum(share[:, None] * out for share, out in zip(shares, outs, strict=True)) * kept[:, None] / total[:, None]
     return merged.astype(q.dtype), held(lse, profile.lse, profile)
+
+
+def beside_sink(total: Array, top: Array, sink: Array | None) -> tuple[Array, Array]:
+    """(what the keys are multiplied by [Hq], the normaliser [Hq]) with the sink in it, in units of the larger of top and sink.
+
+    In units of top alone, exp(sink - top) overflows beyond 88, and nothing is left of keys that still have a share.
+    """
+    if sink is None:
+        return np.ones_like(total), total
+    sink = np.minimum(sink, np.finfo(np.float32).max)  # inf - inf is NaN
+    largest = np.maximum(top, sink)
+    kept = np.exp(top - largest)
+    return kept, total * kept + np.exp(sink - largest)
 
 
 def _online(logits: Float32, values: Float32, profile: Profile, operands: str) -> tuple[Array, Array, Array]:

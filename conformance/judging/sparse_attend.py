@@ -21,7 +21,10 @@ Float64: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 
 @dataclass(frozen=True)
 class AttendFacts:
-    """One row's truth [Hq, value_dim] and lse [Hq], their bounds, what the emulator returns, and the floors of R and L."""
+    """One row's truth [Hq, value_dim] and lse [Hq], their bounds, what the emulator returns, and the floors of R and L.
+
+    Of a head whose sink is NaN, out is that without a sink: something must stand there, and nothing is compared with it.
+    """
 
     out: Float64
     lse: Float64
@@ -41,6 +44,10 @@ class AttendReference:
         self.call, self.profile, self.exact = call, profile, bounds.leaves_exact(profile) and case.exact
         self.shared = shared  # facts by the bytes they follow from, of all calls of a case; None: not worth it
         self.dtype = call.arrays["q"].dtype.name
+        sink = call.arrays.get("attn_sink")
+        # Contract 8.3: a sink of NaN leaves out of its head unspecified where the row attends to a key, and nothing else.
+        self.unspecified = np.zeros(call.arrays["q"].shape[1], bool) if sink is None else np.isnan(sink)
+        self.sink = sink if sink is None else np.where(self.unspecified, np.float32(-np.inf), sink)
         self.owners = {row: request for row, request, _, _ in oracle.rows(call)}
         self._rows: dict[int, AttendFacts | None] = {}
         self.spoilt = set[int]()  # rows that count a NaN or infinity, of which nothing is asked
@@ -50,6 +57,10 @@ class AttendReference:
         if row not in self._rows:
             self._rows[row] = self._facts(row, self.owners[row]) if row in self.owners else None
         return self._rows[row]
+
+    def judged(self, out: Array, facts: AttendFacts) -> Float64:
+        """A row's out as it is judged: what is unspecified is as it should be, whatever came."""
+        return np.where(self.unspecified[:, None], facts.out, out.astype(np.float64))
 
     def _facts(self, row: int, request: int) -> AttendFacts | None:
         kv, positions = oracle.attention_row(self.call, row, request)
@@ -70,7 +81,7 @@ class AttendReference:
         return self.shared[key]
 
     def _row(self, row: int, kv: Float64) -> AttendFacts:
-        options, sink, profile = self.call.options, self.call.arrays.get("attn_sink"), self.profile
+        options, sink, profile = self.call.options, self.sink, self.profile
         stored = self.call.arrays["q"][row]
         q, scale, width = stored.astype(np.float64), options["softmax_scale"], options["value_dim"]
         out, lse, p = oracle.attention(q, kv, scale, width, sink)
@@ -131,9 +142,9 @@ class AttendJudge:
             self.verdict.fail("empty row", f"row {row} ({kind}): lse is {self.lse[row][0]}, expected -inf")
 
     def _row(self, row: int, facts: AttendFacts) -> None:
-        got = self.out[row].astype(np.float64)
+        got = self.reference.judged(self.out[row], facts)
         self._relative_error(got, facts)
-        self._numbers(row, facts)
+        self._numbers(row, got, facts)
         if self.reference.exact:
             self._exact(row, facts)
         else:
@@ -148,9 +159,10 @@ class AttendJudge:
         ratio = np.divide(error, size, out=np.where(error > 0, np.inf, 0.0), where=size > 0)
         self.verdict.worst("relative_error", np.nan_to_num(ratio, nan=np.inf).max())
 
-    def _numbers(self, row: int, facts: AttendFacts) -> None:
-        for name, found, truth in (("out", self.out, facts.out), ("lse", self.lse, facts.lse)):
-            if found is not None and (bad := np.isnan(found[row]) & np.isfinite(truth)).any():
+    def _numbers(self, row: int, got: Array, facts: AttendFacts) -> None:
+        lse = None if self.lse is None else self.lse[row]
+        for name, found, truth in (("out", got, facts.out), ("lse", lse, facts.lse)):
+            if found is not None and (bad := np.isnan(found) & np.isfinite(truth)).any():
                 where, heads = np.argwhere(bad)[0], int(bad.reshape(len(bad), -1).any(axis=1).sum())
                 column = f", column {where[1]}" if len(where) > 1 else ""
                 self.verdict.fail(
@@ -164,8 +176,9 @@ class AttendJudge:
 
     def _exact(self, row: int, facts: AttendFacts) -> None:
         expected = facts.out.astype(self.out.dtype)
-        if not np.array_equal(self.out[row], expected):
-            head, column = np.argwhere(~(self.out[row] == expected))[0]
+        wrong = ~(self.out[row] == expected) & ~self.reference.unspecified[:, None]
+        if wrong.any():
+            head, column = np.argwhere(wrong)[0]
             self.verdict.fail(
                 "exact",
                 f"row {row}, head {head}, column {column}: out is {self.out[row][head, column]}, expected exactly "
@@ -208,6 +221,8 @@ class AttendJudge:
                 emulated_out=own,
                 allowed_norm=bounds.KAPPA * allowed,
             )
+        heads = ~self.reference.unspecified
+        truth, got, own = truth[heads], got[heads], own[heads]
         if energy := float((truth * truth).sum()):
             slope, emulated = (float(((x - truth) * truth).sum()) / energy for x in (got, own))
             self.slopes.append((slope, emulated - facts.drift, facts.room))

@@ -209,14 +209,15 @@ class AttendSuspects:
         some, facts = _spread(range(self.outputs["out"].shape[1]), HEADS), self.reference.row(row)
         if facts is None:
             return np.array(some)
-        error = np.nan_to_num(abs(self.outputs["out"][row].astype(np.float64) - facts.out) / facts.bound.out, nan=1e30).max(
-            axis=1
-        )
+        got = self.reference.judged(self.outputs["out"][row], facts)
+        error = np.nan_to_num(abs(got - facts.out) / facts.bound.out, nan=1e30).max(axis=1)
         if "lse" in self.outputs:
             error = np.maximum(error, np.nan_to_num(abs(self.outputs["lse"][row] - facts.lse) / facts.bound.lse, nan=1e30))
-        norm = np.linalg.norm(np.nan_to_num(self.outputs["out"][row].astype(np.float64) - facts.out), axis=1)
+        norm = np.linalg.norm(np.nan_to_num(got - facts.out), axis=1)
         worst = (int(np.argmax(error)), int(np.argmax(norm / np.maximum(facts.error_floor, 1e-300))))
-        return np.unique([*worst, *some])
+        heads = np.unique([*worst, *some])
+        # Of a head whose sink is NaN nothing can be told.
+        return np.asarray(heads[~self.reference.unspecified[heads]])
 
     def _yardstick(self, row: int, told: Told) -> Array:
         """The error that the emulator has in this row, in proportion to what is expected now."""

@@ -112,6 +112,10 @@ def sparse_attend(call: Call, profile: Profile) -> dict[str, Array]:
             lses[row] = top + np.log(total)
             weighed = dot(np.ascontiguousarray(p[:, ::-1]), np.ascontiguousarray(values[::-1].T), profile.accumulator)
             if sink is not None:
+                # From here on in units of the larger of the two: in those of the keys alone a large sink would overflow.
+                larger = np.maximum(top, np.minimum(sink, np.finfo(np.float32).max))
+                kept = np.exp(top - larger)
+                weighed, total, top = weighed * kept[:, None], total * kept, larger
                 total = total + np.exp(sink - top)
             outputs[row] = (weighed / total[:, None]).astype(dtype)
     return {"out": outputs, "lse": lses} if options.get("return_lse") else {"out": outputs}

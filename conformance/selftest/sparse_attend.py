@@ -112,6 +112,7 @@ COUNTED = "np.arange(len(entries)) < count"
 POSITIONS = "entries[inside & counted]"
 EMPTY_ROW, NAN_ROW = "outputs[row], lses[row] = 0, -np.inf", "outputs[row], lses[row] = np.nan, np.nan"
 SINK = "np.exp(sink - top)"
+LARGER = "np.maximum(top, np.minimum(sink, np.finfo(np.float32).max))"
 LSE = "top + np.log(total)"
 Q = 'q = call.arrays["q"][row]'
 CONTEXT = 'context = int(batch["seqlens_k"][request])'
@@ -191,7 +192,7 @@ FAULTS: tuple[Fault, ...] = (
     # It takes part in the maximum, and inf - inf is NaN.
     Fault("A49", "NaN where the sink is +inf", TOP, f"{TOP} if sink is None else np.maximum({TOP}, sink)", "rocm-libraries#12229"),
     # exp(lse) overflows for lse > 88.
-    Fault("A50", "sink applied without subtracting a maximum", f"total + {SINK}", "total * (np.exp(lses[row]) + np.exp(sink)) / np.exp(lses[row])", "FlagGems flash_mla_sparse_fwd"),
+    Fault("A50", "sink applied without subtracting a maximum", f"total + {SINK}", "total * (np.exp(lses[row]) + np.exp(sink)) / np.exp(lses[row])", "FlagGems flash_mla_sparse_fwd", more=((LARGER, "top"),)),
     Fault("A51", "sink in bfloat16", SINK, SINK.replace("sink", 'rounded(sink, "bfloat16")'), "TileLang's DeepSeek-V4 kernel"),
 
     # --- lse ---

@@ -145,7 +145,8 @@ def sparse_attend(
     indices: int32 [Tq, topk], positions in the row's own request; one outside [0, seqlens_k) is skipped wherever it stands; a
         repeated one counts as often as it appears; no causal mask is added.
     softmax_scale: finite, > 0; V3.2 uses 192^-0.5 * mscale^2.  value_dim: leading columns of kv that are the value.
-    attn_sink: float32 [Hq]; adds exp(attn_sink) to the denominator; -inf is no sink, +inf gives out 0.
+    attn_sink: float32 [Hq]; adds exp(attn_sink) to the denominator; -inf is no sink, +inf gives out 0, NaN leaves out of its
+        head unspecified in rows with a valid index, and nothing else.
     topk_length: int32 [Tq]; entries of the row from there on are not read.
     batch, out, backend: as in `lightning_index`.
 
