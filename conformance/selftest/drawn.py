@@ -13,7 +13,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -181,10 +181,10 @@ def run(
         ThreadPoolExecutor(jobs) as threads,
     ):
         waiting = [threads.submit(bench.trial, number, edit) for number, edit in drawn.items()]
-        for future in waiting:
+        for future in as_completed(waiting):
             trials.append(future.result())
             say(line(trials[-1]))
-    return trials
+    return sorted(trials, key=lambda trial: trial.number)
 
 
 def line(trial: Trial) -> str:
