@@ -128,7 +128,7 @@ def test_a_planted_import_is_seen(tmp_path: Path, file: str, line: str, is_fine:
 
 # The suite's rooms from the roof down: each may import those below it, and no arrow runs back up.
 FLOORS = ("conftest", "session", "selftest", "bench", "judging", "report", "execute", "lists", "hosts", "cases")
-MOST_ARROWS = 20
+MOST_ARROWS = 22
 
 
 def arrows(root: Path) -> set[tuple[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,19 @@ from dsa_portable.conformance.execute.recording import Recording
 from dsa_portable.errors import BackendError, DeviceUnavailable
 
 START_SECONDS, CASE_SECONDS = 180.0, 120.0
+WORKER = "dsa_portable.conformance.execute.worker"
 # glibc then hands freed buffers out again instead of fresh zeroed pages, which would hide what was never written.
 REUSE = {"MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 28)}
 
 
 class Chip:
-    """Started at once; `hello` says what was found. Raises BackendError where the backend cannot be started."""
+    """Started at once; `hello` says what was found. Raises BackendError where the backend cannot be started.
 
-    def __init__(self, backend: str, folder: Path, *, scale: float, log: Path) -> None:
-        self.backend, self.folder, self.scale, self.log = backend, folder, scale, log
+    `module`: what is run as the backend's process, with its first arguments.
+    """
+
+    def __init__(self, backend: str, folder: Path, *, scale: float, log: Path, module: Sequence[str] = (WORKER,)) -> None:
+        self.backend, self.folder, self.scale, self.log, self.module = backend, folder, scale, log, module
         self.replaced, self.peak_memory = 0, 0
         self.process: Process | None = None
         self.closed = False
@@ -31,7 +35,7 @@ class Chip:
     def _start(self) -> Mapping[str, Any]:
         self.process = Process(
             "the backend's process",
-            "dsa_portable.conformance.execute.worker",
+            *self.module,
             self.backend,
             str(self.folder),
             log=self.log,
