@@ -10,10 +10,12 @@ import pytest
 
 from dsa_portable.backends.cpu import BACKEND as CPU
 from dsa_portable.conformance import lists
+from dsa_portable.conformance.cases import products
+from dsa_portable.conformance.cases.axes import AXES, FORMATS, met
 from dsa_portable.conformance.cases.call import drive
 from dsa_portable.conformance.cases.catalogue import CASES, LISTS
 from dsa_portable.conformance.report import claims
-from dsa_portable.conformance.report.schema import NOT_GRANTED_WITH, CaseResult, Claim, Evidence, ProfileEntry, Status
+from dsa_portable.conformance.report.schema import NOT_GRANTED_WITH, CaseResult, Claim, Coverage, Evidence, ProfileEntry, Status
 from dsa_portable.contract import ANY, YES, Capabilities, PerPhase
 from dsa_portable.operators import FEATURES
 from dsa_portable.profile import Profile
@@ -56,6 +58,7 @@ LIST = {INDEX: INDEX_LIST, ATTEND: ATTEND_LIST}
 EVERYTHING: Capabilities = {operator: {feature.name: ANY for feature in FEATURES[operator]} for operator in FEATURES}
 REQUIRED = [(key, f.name) for key in LIST for f in FEATURES[key[0]] if f.required and not f.instead]
 INSTEAD = [(key, f.name, f.instead) for key in LIST for f in FEATURES[key[0]] if f.instead]
+CLAIMS_OF_CORE = [(operator, format, phase) for operator in FORMATS for format in FORMATS[operator] for phase in products.ROWS]
 OPTIONAL = [(key, f.name) for key in LIST for f in FEATURES[key[0]] if not f.required and f.name != "format"]
 
 
@@ -74,6 +77,20 @@ def without(key: Key, *features: str) -> Capabilities:
 
 def with_values(key: Key, **features: tuple[Any, ...]) -> Capabilities:
     return {key[0]: {**EVERYTHING[key[0]], **features}}
+
+
+def plain(declared: Capabilities) -> Capabilities:
+    """The same without what no claim needs: of a declared option some case must pass, and in these small lists few have one."""
+    ((operator, features),) = declared.items()
+    kept = {f.name: f.required for f in FEATURES[operator] if f.required}
+    needed = {"format", *(["k_layout"] if features.get("unpacked") == () else [])}
+    return {
+        operator: {
+            name: kept[name] if values is ANY and name in kept else values
+            for name, values in features.items()
+            if name in needed | set(kept) or not values
+        }
+    }
 
 
 def row(key: Key, name: str, used: Used, capabilities: Capabilities, **changes: Any) -> CaseResult:
@@ -145,7 +162,7 @@ def test_a_required_feature_that_is_missing_is_named(key: Key, feature: str) -> 
 
 @pytest.mark.parametrize(("key", "feature", "instead"), INSTEAD, ids=str)
 def test_one_feature_may_stand_in_for_another_and_one_of_them_is_needed(key: Key, feature: str, instead: str) -> None:
-    found = claim(key, without(key, feature))
+    found = claim(key, plain(without(key, feature)))
     assert (found.level, found.reason) == ("core-2026.11 exact", "")
     assert found.counts[Status.UNSUPPORTED] > 0
     neither = claim(key, without(key, feature, instead))
@@ -156,7 +173,7 @@ def test_one_feature_may_stand_in_for_another_and_one_of_them_is_needed(key: Key
 
 
 def test_one_case_alone_carries_no_claim() -> None:
-    narrow = with_values(INDEX, heads=(32,), page_size=(128,), flat=(), k_layout=())
+    narrow = plain(with_values(INDEX, heads=(32,), page_size=(128,), flat=(), k_layout=()))
     found = claim(INDEX, narrow)
     assert found.counts[Status.PASS] == 1
     assert (found.level, found.reason) == (None, "only 1 case of the claim passed, and it takes 2: so little is declared")
@@ -165,7 +182,7 @@ def test_one_case_alone_carries_no_claim() -> None:
 def test_storage_is_declared_for_the_phase_that_has_it() -> None:
     """As in serving: flat prefill, paged decode."""
     decode, prefill = INDEX, (*INDEX[:2], "prefill")
-    declared = with_values(INDEX, flat=PerPhase(prefill=(True,)), page_size=PerPhase(decode=(64,)))
+    declared = plain(with_values(INDEX, flat=PerPhase(prefill=(True,)), page_size=PerPhase(decode=(64, 128))))
     rows = [row(key, id, used, declared) for key in (decode, prefill) for id, used in INDEX_LIST.items()]
     rows = [each.model_copy(update={"selective_rows": 4}) for each in rows]
     profile = asdict(DETERMINISTIC)
@@ -206,7 +223,7 @@ def test_optional_features_that_are_missing_leave_cases_unsupported() -> None:
     ],
 )
 def test_one_of_each_set_is_enough(key: Key, features: dict[str, tuple[Any, ...]]) -> None:
-    found = claim(key, with_values(key, **features))
+    found = claim(key, plain(with_values(key, **features)))
     assert (found.level, found.reason) == ("core-2026.11 exact", "")
     assert found.counts[Status.UNSUPPORTED] > 0
 
@@ -246,7 +263,8 @@ def test_a_required_case_that_is_not_supported() -> None:
     """As when a profile's finite range ends below what a case needs: no feature is missing, and still nothing is shown."""
     found = claim(INDEX, flat={"status": Status.UNSUPPORTED})
     assert (found.level, found.reason) == (None, "required case lightning_index flat is not supported")
-    assert claim(INDEX, scores={"status": Status.UNSUPPORTED}).level == "core-2026.11 exact"
+    found = claim(INDEX, scores={"status": Status.UNSUPPORTED})
+    assert found.reason == "no case of declared feature 'return_scores' = True passed, as all use what is not declared"
 
 
 def test_nothing_is_proven_about_selection_without_a_selective_row() -> None:
@@ -421,3 +439,85 @@ def test_what_lies_in_the_data_is_a_feature_too() -> None:
     feature, _ = claims.undeclared(case, calls, {"sparse_attend": full}) or (None, None)
     assert feature is not None
     assert (feature.name, feature.in_call) == ("repeated_indices", False)
+
+
+# --- what was tried ----------------------------------------------------------------------------------------------------------
+
+USUAL = {axis.name: axis.usual("decode") for axis in AXES[INDEX[0]]}
+POINTS: dict[str, tuple[dict[str, str], Used]] = {
+    "usual": (USUAL, PAGED_INDEX),
+    "sliced": (USUAL | {"strides": "sliced"}, PAGED_INDEX),
+    "out": (USUAL | {"out": "given"}, PAGED_INDEX | {"out": True}),
+    "topk": (USUAL | {"topk": "512"}, PAGED_INDEX | {"topk": 512}),
+    "both": (USUAL | {"out": "given", "topk": "512"}, PAGED_INDEX | {"out": True, "topk": 512}),
+    "32 heads": (USUAL | {"heads": "32", "poison": "inf"}, PAGED_INDEX | {"heads": 32}),
+}
+
+
+def covered(capabilities: Capabilities = EVERYTHING, **status: Status) -> Coverage:
+    """Of a list of these points; `status` of some of them."""
+    rows = [
+        row(INDEX, name, used, capabilities, point=point, **({"status": status[name]} if name in status else {}))
+        for name, (point, used) in POINTS.items()
+    ]
+    entry = ProfileEntry(operator=INDEX[0], format=INDEX[1], phase=INDEX[2], envelope="exact", profile=asdict(DETERMINISTIC))
+    return claims.coverage(rows, capabilities, entry)
+
+
+def test_everything_declared_is_tried() -> None:
+    found = covered()
+    assert found.missing == []
+    assert (found.values, found.pairs) == (found.values_tried, found.pairs_tried)
+    axes = len(USUAL)
+    # Alone: the usual value of each axis, sliced, infinity and 32 heads; out and topk. Pairs: see axes.met.
+    assert found.values == axes + 3 + 2
+    assert found.pairs == axes * (axes - 1) // 2 + (axes - 1) + (axes - 1) + (axes - 1) + 1 + (2 * (axes - 2) + 1)
+
+
+def test_what_was_not_run_is_named() -> None:
+    found = covered(both=Status.NOT_RUN)
+    assert found.missing == ["out given with topk 512"]
+    assert found.pairs_tried == found.pairs - 1
+    assert "sliced" in " ".join(covered(sliced=Status.ERROR).missing)
+
+
+def test_an_undeclared_value_takes_no_pair_of_others_with_it() -> None:
+    found = covered(with_values(INDEX, topk=(2048,)))
+    assert found.missing == []
+    assert covered().pairs - found.pairs == len(USUAL)  # topk 512 with each other axis as usual, and with out
+
+
+def test_another_geometry_is_named() -> None:
+    found = covered(with_values(INDEX, heads=(32,)))
+    assert "strides sliced" in found.missing
+    assert found.values_tried < found.values
+
+
+def test_open_declarations_are_sampled_and_what_no_case_has_is_named() -> None:
+    found = covered(with_values(INDEX, topk=(2048, 512, 3000), heads=range(1, 129)))
+    assert found.untested == {"topk": [3000]}
+    assert found.sampled["heads"] == [64, 32]
+    assert "topk" not in found.sampled
+    assert covered().sampled["topk"] == [2048, 512]
+
+
+def test_a_declared_value_whose_cases_all_need_something_else_earns_nothing() -> None:
+    changes = {"pages_of_16": {"features": INDEX_LIST["pages of 16"] | {"unsorted": True}}}
+    offered = with_values(INDEX, unsorted=())
+    found = claim(
+        INDEX,
+        offered,
+        pages_of_16=changes["pages_of_16"] | {"status": Status.UNSUPPORTED},
+        unsorted={"status": Status.UNSUPPORTED},
+    )
+    assert found.level is None
+    assert found.reason == "no case of declared feature 'page_size' = 16 passed, as all use what is not declared"
+
+
+@pytest.mark.parametrize("key", CLAIMS_OF_CORE, ids=" ".join)
+def test_in_core_every_feature_has_a_case_that_needs_nothing_else(key: Key) -> None:
+    """A declared feature without an executed case in that phase is never silent: in core there is none without one."""
+    operator = key[0]
+    points = [dict(case.point) for case in products.CORE if (case.operator, case.format, case.phase) == key]
+    tried = {axis for point in points for goal in met(operator, point, 1) for axis, _ in goal}
+    assert tried == {axis.name for axis in AXES[operator]}

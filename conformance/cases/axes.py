@@ -42,10 +42,9 @@ class Axis:
     values: Mapping[str, Value]
     features: tuple[str, ...] = ()
 
-    @property
-    def usual(self) -> str:
-        """The first value."""
-        return next(iter(self.values))
+    def usual(self, phase: str) -> str:
+        """The first value; keys lie in pages in decode and flat in prefill, as they do in serving."""
+        return "flat" if self.name == "storage" and phase == "prefill" else next(iter(self.values))
 
 
 def _axis(name: str, doc: str, values: Mapping[str, Value], *features: str) -> Axis:
@@ -104,7 +103,7 @@ _SHARED = (
         "any": _usual(), "other": _around("after a call of equal shapes and other lengths", "rerun", before="other"),
         "nan": _around("after a call on NaN alone", "rerun", before="nan")}),
     _axis("storage", "how keys are stored", {
-        "page64": _usual(page_size=64), "flat": _needed("flat keys", "ragged", gap=3), "page128": _needed("pages of 128", "paging", page_size=128),
+        "page64": _needed("pages of 64", "paging", page_size=64), "flat": _needed("flat keys", "ragged", gap=3), "page128": _needed("pages of 128", "paging", page_size=128),
         "page1": _may("pages of 1", "paging", page_size=1), "page16": _may("pages of 16", "paging", page_size=16),
         "page256": _may("pages of 256", "paging", page_size=256)}, "flat", "page_size"),
 )
@@ -150,7 +149,7 @@ AXES: Mapping[str, tuple[Axis, ...]] = MappingProxyType({
         _axis("lists", "what rows of indices are like", {
             "holes": _usual(), "packed": _needed("lists without holes", "invalid-indices", holes=False), "subset": _needed("lists of half the keys", "invalid-indices", subset=True),
             "slot0": _needed("position 0, flat row 0 and slot 0 unread and NaN", "poison", slot_zero=True)}),
-        _heads(16, (64, 128), (8, 17, 48)),
+        _heads(64, (128, 16), (8, 17, 48)),
         _axis("dims", "Dqk/value_dim", {"576/512": _usual(), "512/512": _needed("keys as wide as values", "geometry", dims=(512, 512))}, "dims"),
         _topk(1, 512, 705, 4096),
         _axis("lse", "returned lse", {"no": _usual(), "yes": _may("returned lse", "lse", **{"options.return_lse": True})}, "return_lse"),
@@ -186,6 +185,7 @@ IMPOSSIBLE: tuple[tuple[str, str, Mapping[str, tuple[str, ...]], str], ...] = (
     ("sparse_attend", "", {"logits": ("onehot",), "topk_length": ("yes",)}, "a length may cut off the one key"),
     ("sparse_attend", "", {"logits": ("onehot",), "repeated": ("yes",)}, "a repetition may take its place"),
     ("sparse_attend", "", {"logits": ("onehot",), "lists": ("subset", "slot0")}, "so may a list that leaves keys out"),
+    ("sparse_attend", "", {"logits": ("onehot",), "sharing": ("twice",)}, "so may the other place of a page"),
     ("sparse_attend", "", {"logits": ("onehot",), "topk": ("1",)}, "so may the only entry"),
     ("sparse_attend", "", {"logits": ("onehot",), "dims": ("512/512",)}, "it is found in the rotated part"),
     ("sparse_attend", "", {"logits": ("mean",), "topk_length": ("yes",)}, "the mean of 2^m keys is exact"),
@@ -207,7 +207,7 @@ def optional(operator: str, point: Point) -> list[str]:
     return [name for name, value in point.items() if name in known and known[name].values[value].optional]
 
 
-# A case uses at most so many values that no claim needs, so that one that is not declared takes no others with it.
+# A case uses at most so many values that no claim needs.
 MOST_OPTIONAL = 2
 
 
@@ -221,6 +221,23 @@ def possible(operator: str, phase: str, point: Point) -> bool:
     )
 
 
-def pairs(point: Point) -> set[tuple[tuple[str, str], tuple[str, str]]]:
-    """Every two values of a point, in the order of their names."""
-    return set(combinations(sorted(point.items()), 2))
+def at_base(operator: str, phase: str, point: Point) -> bool:
+    """Whether the point has the usual alternative of every feature that a claim needs; pages, where something asks for them."""
+    paged = point.get("sharing", "none") != "none" or point.get("layout") == "planar"
+    usual = {"storage": "page64"} if paged else {}
+    for name, value in point.items():
+        axis = axes(operator).get(name)
+        if axis and axis.features and not axis.values[value].optional and value != usual.get(name, axis.usual(phase)):
+            return False
+    return True
+
+
+def met(operator: str, point: Point, strength: int) -> set[frozenset[tuple[str, str]]]:
+    """The values, or every two, that a case of these values tries: beside them it uses none that a claim can do without.
+
+    So a value that a backend does not declare takes no pair of others with it.
+    """
+    spare = {(name, point[name]) for name in optional(operator, point)}
+    others = [one for one in point.items() if one not in spare]
+    free = strength - len(spare)
+    return {frozenset((*spare, *chosen)) for chosen in combinations(others, free)} if free >= 0 else set()

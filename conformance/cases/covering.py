@@ -13,7 +13,7 @@ from itertools import combinations
 from random import Random
 from typing import TypeAlias
 
-from dsa_portable.conformance.cases.axes import FORMATS, Point, axes, possible
+from dsa_portable.conformance.cases.axes import FORMATS, Point, at_base, axes, met, possible
 from dsa_portable.conformance.cases.products import ROWS, TABLE, fits_core
 
 Goal: TypeAlias = frozenset[tuple[str, str]]
@@ -37,64 +37,57 @@ def fitting(operator: str, format: str, phase: str, core: bool) -> Fits:
     return fits
 
 
-def completed(operator: str, point: Point, fits: Fits) -> Row | None:
+def completed(operator: str, phase: str, point: Point, fits: Fits) -> Row | None:
     """A whole row with these values, the others as usual as can be; None if there is none."""
     if not fits(point):
         return None
     axis = next((axis for axis in axes(operator).values() if axis.name not in point), None)
     if axis is None:
         return {name: point[name] for name in axes(operator)}
-    found = (completed(operator, {**point, axis.name: value}, fits) for value in axis.values)
+    values = sorted(axis.values, key=lambda value: value != axis.usual(phase))
+    found = (completed(operator, phase, {**point, axis.name: value}, fits) for value in values)
     return next((row for row in found if row), None)
 
 
-def met(row: Point, strength: int) -> set[Goal]:
-    """What a row meets: its values, or every two of them."""
-    return {frozenset(chosen) for chosen in combinations(row.items(), strength)}
-
-
-def goals(operator: str, strength: int, fits: Fits) -> set[Goal]:
-    """Every value, or every two of different axes, that some whole row has."""
+def goals(operator: str, phase: str, strength: int, fits: Fits) -> set[Goal]:
+    """Every value, or every two of different axes, that some whole row tries."""
     every = [(axis.name, value) for axis in axes(operator).values() for value in axis.values]
     together = (dict(chosen) for chosen in combinations(every, strength))
-    return {frozenset(p.items()) for p in together if len(p) == strength and completed(operator, p, fits)}
+    rows = {frozenset(p.items()): completed(operator, phase, p, fits) for p in together if len(p) == strength}
+    return {goal for goal, row in rows.items() if row and goal in met(operator, row, strength)}
 
 
-def cover(operator: str, left: set[Goal], strength: int, fits: Fits) -> Iterator[Row]:
+def cover(operator: str, phase: str, left: set[Goal], strength: int, fits: Fits) -> Iterator[Row]:
     """Rows that meet all goals: each is the best of a few that grow around one of those left."""
     random = Random(SEED)
     left = set(left)
     while left:
-        tried = [_grown(operator, random, left, strength, fits) for _ in range(TRIES)]
-        best = max(tried, key=lambda row: len(met(row, strength) & left))
-        left -= met(best, strength)
+        tried = [_grown(operator, phase, random, left, strength, fits) for _ in range(TRIES)]
+        best = max(tried, key=lambda row: len(met(operator, row, strength) & left))
+        gained = met(operator, best, strength) & left
+        assert gained, "a goal that no row meets"
+        left -= gained
         yield best
 
 
-def _grown(operator: str, random: Random, left: set[Goal], strength: int, fits: Fits) -> Row:
+def _grown(operator: str, phase: str, random: Random, left: set[Goal], strength: int, fits: Fits) -> Row:
     point = dict(random.choice(sorted(left, key=sorted)))
     for axis in random.sample([*axes(operator).values()], len(axes(operator))):
         if axis.name in point:
             continue
-        gains = {v: len(met({**point, axis.name: v}, strength) & left) for v in axis.values}
-        now = len(met(point, strength) & left)
+        gains = {v: len(met(operator, {**point, axis.name: v}, strength) & left) for v in axis.values}
+        now = len(met(operator, point, strength) & left)
         for value in sorted(gains, key=lambda v: -gains[v]):
-            if gains[value] > now and completed(operator, {**point, axis.name: value}, fits):
+            if gains[value] > now and completed(operator, phase, {**point, axis.name: value}, fits):
                 point[axis.name] = value
                 break
-    row = completed(operator, point, fits)
+    row = completed(operator, phase, point, fits)
     assert row is not None
     return row
 
 
-def at_base(operator: str, point: Point) -> bool:
-    """Whether the point has the first alternative of every feature that a claim needs."""
-    known = axes(operator)
-    return not any(known[n].features and v != known[n].usual and not known[n].values[v].optional for n, v in point.items())
-
-
-def _based(operator: str, fits: Fits) -> Fits:
-    return lambda point: at_base(operator, point) and fits(point)
+def _based(operator: str, phase: str, fits: Fits) -> Fits:
+    return lambda point: at_base(operator, phase, point) and fits(point)
 
 
 def table() -> dict[str, dict[str, list[list[str]]]]:
@@ -105,11 +98,13 @@ def table() -> dict[str, dict[str, list[list[str]]]]:
             for phase in ROWS:
                 core, every = (fitting(operator, format, phase, small) for small in (True, False))
                 strength, key = 1 + (format in PAIRED), f"{operator} {format} {phase}"
-                wanted = goals(operator, strength, core)
-                base = {goal for goal in wanted if at_base(operator, dict(goal))}
-                rows = [*cover(operator, base, strength, _based(operator, core))]
-                rows += cover(operator, wanted.difference(*(met(row, strength) for row in rows)), strength, core)
-                beyond = [*cover(operator, goals(operator, strength, every) - wanted, strength, every)]
+                wanted = goals(operator, phase, strength, core)
+                based = _based(operator, phase, core)
+                rows = [*cover(operator, phase, goals(operator, phase, strength, based), strength, based)]
+                rows += cover(
+                    operator, phase, wanted.difference(*(met(operator, row, strength) for row in rows)), strength, core
+                )
+                beyond = [*cover(operator, phase, goals(operator, phase, strength, every) - wanted, strength, every)]
                 drawn["core"][key], drawn["full"][key] = ([[*row.values()] for row in some] for some in (rows, beyond))
                 print(
                     f"{key}: {len(wanted)} of strength {strength} in {len(rows)} core cases, {len(beyond)} more in full",

@@ -7,7 +7,15 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from dsa_portable.conformance.cases.axes import ATTEND_FORMATS, HEADLINE, INDEX_FORMATS
-from dsa_portable.conformance.cases.core import ATTEND_OPTIONS, INDEX_OPTIONS, LSE, PIPELINES, SCORES, named, pipeline
+from dsa_portable.conformance.cases.core import (
+    ATTEND_OPTIONS,
+    INDEX_OPTIONS,
+    LSE,
+    PIPELINES,
+    SCORES,
+    named,
+    pipeline,
+)
 from dsa_portable.conformance.cases.lightning_index import IndexCase
 from dsa_portable.conformance.cases.relation import PipelineCase, RelationCase
 from dsa_portable.conformance.cases.sparse_attend import AttendCase

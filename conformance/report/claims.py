@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from dsa_portable.conformance import lists
+from dsa_portable.conformance.cases.axes import AXES, met
 from dsa_portable.conformance.cases.call import Call
 from dsa_portable.conformance.cases.catalogue import Case
 from dsa_portable.conformance.cases.relation import PipelineCase, RelationCase
@@ -13,13 +14,14 @@ from dsa_portable.conformance.report.schema import (
     NOT_GRANTED_WITH,
     CaseResult,
     Claim,
+    Coverage,
     Evidence,
     ProfileEntry,
     Status,
     exit_code_of,
     tally,
 )
-from dsa_portable.contract import Capabilities, Feature
+from dsa_portable.contract import ANY, Capabilities, Feature
 from dsa_portable.operators import FEATURES, REQUESTS
 from dsa_portable.profile import ENVELOPE_NAMES
 
@@ -89,6 +91,7 @@ def claims(
     for profile in profiles:
         key = (profile.operator, profile.format, profile.phase)
         mine = [row for row in rows if (row.operator, row.format, row.phase) == key]
+        tried = coverage(mine, capabilities, profile)
         reason = _obstacle(mine, capabilities, profile, evidence, frozen)
         level = None if reason else f"{frozen.name} {profile.envelope}"
         result.append(
@@ -100,6 +103,7 @@ def claims(
                 level=level,
                 reason=reason,
                 counts=tally(mine),
+                coverage=tried,
             )
         )
     return result
@@ -114,6 +118,54 @@ def level(earned: Sequence[Claim], rows: Sequence[CaseResult], frozen: lists.Fro
     if not whole or not all(claim.level for claim in earned) or exit_code_of(rows):
         return None
     return f"{frozen.name} {'/'.join(sorted({claim.envelope or '' for claim in earned}))}"
+
+
+def _values(feature: Feature, rows: Iterable[CaseResult]) -> list[Any]:
+    """The values of a feature that the rows use."""
+    return list(dict.fromkeys(row.features[feature.name] for row in rows if feature.name in row.features))
+
+
+def coverage(rows: Sequence[CaseResult], capabilities: Capabilities, profile: ProfileEntry) -> Coverage:
+    """What the cases of a claim tried of what is declared."""
+    features = {feature.name: feature for feature in FEATURES[profile.operator]}
+    offered = {name: f.offered(capabilities, profile.operator, profile.phase) for name, f in features.items()}
+    known = AXES.get(profile.operator, ())
+    # What a value of an axis asks of the backend: read off a case that has it.
+    asked = {
+        (axis.name, row.point[axis.name]): {name: row.features[name] for name in axis.features if name in row.features}
+        for row in rows
+        if row.point
+        for axis in known
+    }
+    wanted, tried = (dict[int, set[frozenset[tuple[str, str]]]]() for _ in range(2))
+    for strength in (1, 2):
+        wanted[strength], tried[strength] = set(), set()
+        for row in filter(lambda row: row.point, rows):
+            goals = met(profile.operator, row.point, strength)
+            mine = {goal for goal in goals if all(v in offered[f] for one in goal for f, v in asked[one].items())}
+            wanted[strength] |= mine
+            tried[strength] |= mine if row.status is Status.PASS else set()
+    missing = [goal for strength in (1, 2) for goal in sorted(wanted[strength] - tried[strength], key=sorted)]
+    passed = [row for row in rows if row.status is Status.PASS]
+    listed = {name: _values(feature, rows) for name, feature in features.items()}
+    return Coverage(
+        values=len(wanted[1]),
+        values_tried=len(tried[1]),
+        pairs=len(wanted[2]),
+        pairs_tried=len(tried[2]),
+        missing=[" with ".join(f"{name} {value}" for name, value in sorted(goal)) for goal in missing],
+        sampled={name: found for name, f in features.items() if _open(offered[name]) and (found := _values(f, passed))},
+        untested={
+            name: left
+            for name, values in offered.items()
+            if name != "format" and not _open(values) and (left := [v for v in values if v not in listed[name]])  # type: ignore[attr-defined]
+        },
+    )
+
+
+def _open(values: Container[Any]) -> bool:
+    """Whether a declaration names no values one by one."""
+    return values is ANY or isinstance(values, range)
 
 
 def _obstacle(
@@ -150,6 +202,11 @@ def _obstacle(
             return f"no case of required feature '{feature.name}' passed"
     if lacking := [row.id for row in rows if row.claim_required and row.status is Status.UNSUPPORTED]:
         return f"required case {lacking[0]} is not supported"
+    for feature in FEATURES[profile.operator]:
+        for value in _values(feature, rows):
+            optional = value in feature.offered(capabilities, profile.operator, profile.phase) and value not in feature.required
+            if optional and not any(features.get(feature.name) == value for features in passed):
+                return f"no case of declared feature '{feature.name}' = {value} passed, as all use what is not declared"
     if len(passed) < FEWEST:
         return f"only {len(passed)} case of the claim passed, and it takes {FEWEST}: so little is declared"
     if profile.operator in SELECTING and not any(row.selective_rows for row in rows if row.status is Status.PASS):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from dsa_portable.conformance.report.schema import FAILING, NOTES, CaseResult, Report, Status
-from dsa_portable.conformance.report.text import grouped, one_line, outside, rows_shown
+from dsa_portable.conformance.report.text import grouped, one_line, outside, rows_shown, tried
 
 # Summary pages are cut at a fixed size; report.json holds every failure.
 _FAILURES_SHOWN = 50
@@ -49,10 +49,10 @@ def _claimed(report: Report) -> Iterator[str]:
     else:
         yield f"No level is granted to the backend; {len(granted)} of {len(report.claims)} claims are granted."
     rows = [
-        (*claim.key, claim.envelope or "none", claim.level or "-", "" if claim.level else claim.reason)
+        (*claim.key, claim.envelope or "none", claim.level or "-", "" if claim.level else claim.reason, tried(claim))
         for claim in report.claims
     ]
-    yield _table(("Operator", "Format", "Phase", "Envelope", "Level", "Why none"), rows)
+    yield _table(("Operator", "Format", "Phase", "Envelope", "Level", "Why none", "Tried"), rows)
     yield "\n".join(
         f"- {_text(status.value)}, {count} x {_text(reason, _REASON_SHOWN)}"
         for status in (Status.UNSUPPORTED, Status.NOT_RUN, Status.WAIVED)

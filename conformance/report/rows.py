@@ -39,6 +39,7 @@ def row_of(
         claim_required=claims.required(case, features or {}, subject.capabilities),
         hazards=list(case.hazards),
         features=dict(features or {}),
+        point=dict(getattr(case, "point", ())),
         why=case.why,
         status=Status(status),
         rule=rule,

@@ -174,6 +174,7 @@ class CaseResult(_Model):
     claim_required: bool = Field(description="True where the claim falls without this case")
     hazards: list[str]
     features: Declared = Field(default={}, description="Feature -> value of what the case uses; empty where it was not judged")
+    point: Texts = Field(default={}, description="Axis -> value, of a case of the covering table; empty for one made by hand")
     why: Named = Field(description="One sentence: the hazard that the case is for")
     status: Status
     rule: Named | None = Field(description="The first rule of docs/judging.md that a FAIL broke; null for every other status")
@@ -196,6 +197,18 @@ class CaseResult(_Model):
         if (self.rule is None) if self.status is Status.FAIL else (self.rule is not None and self.status is not Status.WAIVED):
             raise ValueError(f"case {self.id} is {self.status} with rule {self.rule!r}; a FAIL names the rule it broke")
         return self
+
+
+class Coverage(_Model):
+    """What a claim's cases tried of what is declared; a value or a pair is tried by a passed case that needs nothing else."""
+
+    values: NonNegativeInt = Field(description="Values of the axes, among those that the list tries and that are declared")
+    values_tried: NonNegativeInt
+    pairs: NonNegativeInt = Field(description="The same of every two")
+    pairs_tried: NonNegativeInt
+    missing: list[Text] = Field(description="Values and pairs that were not tried, in words")
+    sampled: Declared = Field(description="Feature -> values that passed, where the declaration is open: ANY, or a range")
+    untested: Declared = Field(description="Feature -> declared values that no case of the list tries in this claim")
 
 
 class Claim(_Model):
@@ -221,6 +234,7 @@ class Claim(_Model):
     level: Named | None
     reason: Text = Field(description="Why no level is granted; may be empty where one is")
     counts: Counts = Field(description="Over the cases of this operator, format and phase")
+    coverage: Coverage | None = Field(default=None, description="Null in reports of suites that did not tell")
 
     @property
     def key(self) -> tuple[str, str, str]:

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 
 from dsa_portable.conformance.report.schema import FAILING, CaseResult, Report, Status
-from dsa_portable.conformance.report.text import grouped, one_line, outside, rows_shown
+from dsa_portable.conformance.report.text import grouped, one_line, outside, rows_shown, tried
 
 WIDTH = 100
 _RED, _GREEN, _YELLOW, _PLAIN = "\x1b[31m", "\x1b[32m", "\x1b[33m", "\x1b[0m"
@@ -69,8 +69,8 @@ def _claims(report: Report) -> str:
         counts = ", ".join(f"{status} {count}" for status, count in claim.counts.items() if count) or "no cases"
         why = f"; no level: {one_line(claim.reason)}" if claim.level is None else ""
         lines += [_row(row, widths), _wrapped(f"{counts}{why}", 4)]
-        if said := words.get(claim.key):
-            lines.append(_wrapped(f"declared: {said}", 4))
+        said = {"declared": words.get(claim.key), "tried": tried(claim)}
+        lines += [_wrapped(f"{name}: {text}", 4) for name, text in said.items() if text]
     return "\n".join(lines if rows else ["no claim was made"])
 
 

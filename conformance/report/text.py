@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from dsa_portable.conformance.report.schema import EXECUTED, CaseResult, Report, Status
+from dsa_portable.conformance.report.schema import EXECUTED, CaseResult, Claim, Report, Status
 
 
 def one_line(text: str) -> str:
@@ -34,3 +34,24 @@ def rows_shown(report: Report) -> str:
     if not selective + vacuous:
         return ""
     return f"index rows: {selective} test selection, {vacuous} see no more keys than topk and prove nothing about it"
+
+
+MISSING_SHOWN = 3
+
+
+def tried(claim: Claim) -> str:
+    """What the claim's cases tried of what is declared, and what they did not."""
+    found = claim.coverage
+    if found is None:
+        return ""
+    parts = []
+    if found.values:
+        parts.append(f"{found.values_tried} of {found.values} values, {found.pairs_tried} of {found.pairs} pairs")
+    if found.missing:
+        more = f" and {len(found.missing) - MISSING_SHOWN} more" if len(found.missing) > MISSING_SHOWN else ""
+        parts.append(f"not tried: {', '.join(found.missing[:MISSING_SHOWN])}{more}")
+    for words, features in (("sampled", found.sampled), ("declared, and no case has it", found.untested)):
+        if features:
+            named = (f"{name} {', '.join(map(str, values))}" for name, values in features.items())
+            parts.append(f"{words}: {'; '.join(named)}")
+    return "; ".join(parts)
