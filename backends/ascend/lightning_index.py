@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dsa_portable.backends.ascend import constraints, device, vendor
-from dsa_portable.backends.ascend.rows import contiguous, requests_of, slots_of
+from dsa_portable.backends.ascend.rows import requests_of, slots_of
 from dsa_portable.backends.ascend.schemas import LIGHTNING_INDEXER, QUANT_LIGHTNING_INDEXER
 from dsa_portable.operators.lightning_index import IndexRequest
 
@@ -15,7 +15,7 @@ from dsa_portable.operators.lightning_index import IndexRequest
 def lightning_index(request: IndexRequest) -> Any:
     """Indices, or (indices, scores) with `return_scores`; see dsa_portable.lightning_index."""
     q = request.q.contiguous()
-    k = contiguous("lightning_index", "k", request.k)
+    k = request.k.contiguous()
     _, end = request.batch.key_range(len(q))
     if len(q) and k.numel():
         chosen = _chosen(request, q, k)
@@ -49,7 +49,7 @@ def _chosen(request: IndexRequest, q: torch.Tensor, k: torch.Tensor) -> torch.Te
     if request.k_scale is None:
         found = vendor.call(operator, **arguments)[0]
     else:
-        scale = contiguous("lightning_index", "k_scale", request.k_scale)
+        scale = request.k_scale.contiguous()
         # The queries' scale lies in the weights already.
         ones = torch.ones(q.shape[:2], dtype=scale.dtype, device=q.device)
         scales = {"query_dequant_scale": ones, "key_dequant_scale": scale.unsqueeze(-1)}

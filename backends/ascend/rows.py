@@ -8,7 +8,6 @@ import torch
 
 from dsa_portable.arrays import beside, on_host, to_numpy
 from dsa_portable.batch import Batch
-from dsa_portable.errors import Unsupported
 
 
 class Requests(NamedTuple):
@@ -67,13 +66,3 @@ def slots_of(batch: Batch, indices: torch.Tensor) -> torch.Tensor:
     """int32 [Tq, topk], places in the flat form of the keys; -1 for what names no key of the row's request."""
     found: torch.Tensor = batch.to_flat(indices) if batch.block_table is None else batch.to_slots(indices)
     return found
-
-
-def contiguous(operator: str, name: str, cache: torch.Tensor) -> torch.Tensor:
-    """The cache, which is never copied: the documents of A2 and A3 ask for contiguous tensors."""
-    if not cache.is_contiguous():
-        raise Unsupported(
-            f"{operator}: {name} has strides {list(cache.stride())}, but Ascend's operators take contiguous ones; pass a copy.",
-            "contiguous",
-        )
-    return cache

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dsa_portable.backends.ascend import constraints, device, vendor
-from dsa_portable.backends.ascend.rows import contiguous, requests_of, slots_of
+from dsa_portable.backends.ascend.rows import requests_of, slots_of
 from dsa_portable.backends.ascend.schemas import KV_QUANT_SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION
 from dsa_portable.formats import layout
 from dsa_portable.operators.sparse_attend import AttendRequest
@@ -23,7 +23,7 @@ LATENT, ROTATED, MOST_HEADS = 512, 64, 128
 def sparse_attend(request: AttendRequest) -> Any:
     """Output, or (output, lse) with `return_lse`; see dsa_portable.sparse_attend."""
     q = request.q.contiguous()
-    kv = contiguous("sparse_attend", "kv", request.kv)
+    kv = request.kv.contiguous()
     named = _named(request)
     want_lse = request.return_lse or request.attn_sink is not None
     if len(q) and kv.numel():

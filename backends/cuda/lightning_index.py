@@ -56,9 +56,9 @@ class _Kept(NamedTuple):
 
 
 def _cache(request: IndexRequest) -> dict[str, Part]:
-    cache = parts_of("lightning_index", "k", request.k, request.k_layout)
+    cache = parts_of(request.k, request.k_layout)
     if request.k_scale is not None:
-        cache["scale"] = parts_of("lightning_index", "k_scale", request.k_scale, None, axes=0)["values"]
+        cache["scale"] = parts_of(request.k_scale, None, axes=0)["values"]
     return cache
 
 

@@ -16,7 +16,7 @@ from dsa_portable.backends.cuda.kernels.rows import find_rows
 from dsa_portable.backends.cuda.launch import capturing, launch, scratch
 from dsa_portable.batch import Batch
 from dsa_portable.contract import Request
-from dsa_portable.errors import InvalidArgument, Unsupported
+from dsa_portable.errors import InvalidArgument
 from dsa_portable.formats import layout
 
 # Scratch of one call in bytes. hopper.md 3: below 512 MiB the selection of few rows at a time leaves the chip idle.
@@ -81,22 +81,13 @@ def find(batch: Batch, q: torch.Tensor, *, visible: bool) -> Rows:
     return Rows(*shared, None, table, table.stride(0), int(batch.page_size or 0))
 
 
-def parts_of(operator: str, name: str, cache: torch.Tensor, layout_name: str | None, axes: int = 1) -> dict[str, Part]:
-    """The parts of a cache, read in place and never copied; of one dtype, with `axes` axes per token, it is all `values`.
+def parts_of(cache: torch.Tensor, layout_name: str | None, axes: int = 1) -> dict[str, Part]:
+    """The parts of a cache; of one dtype, with `axes` axes per token, it is all `values`.
 
-    Raises Unsupported for a cache that is not contiguous, or begins where no 16-byte load can.
+    Read in place where it is contiguous and begins where a 16-byte load can; any other view is copied, in every call.
     """
-    if not cache.is_contiguous():
-        raise Unsupported(
-            f"{operator}: {name} has strides {list(cache.stride())}, but backend 'cuda' reads a contiguous cache; pass a copy.",
-            "contiguous",
-        )
-    if cache.data_ptr() % 16:
-        raise Unsupported(
-            f"{operator}: {name} begins at an address that 16 does not divide, but backend 'cuda' reads 16 bytes at a time; "
-            "pass a copy.",
-            "aligned",
-        )
+    if not cache.is_contiguous() or cache.data_ptr() % 16:
+        cache = cache.clone(memory_format=torch.contiguous_format)
     if layout_name is None:
         token = cache.shape[-1] if axes else 1
         page = cache.shape[1] * token if cache.ndim - axes == 2 else 0

@@ -50,7 +50,7 @@ class _Call:
         self.hopper = configurations.hopper(
             self.architecture, dtype_name(q), triton.__version__, packed=request.kv_layout is not None
         )
-        self.cache = parts_of("sparse_attend", "kv", request.kv, request.kv_layout)
+        self.cache = parts_of(request.kv, request.kv_layout)
         self.scratch_bytes = scratch_bytes()
         self.sink = None if request.attn_sink is None else request.attn_sink.contiguous()
         self.indices = request.indices.contiguous()
