@@ -25,7 +25,7 @@ def requests_of(batch: Batch, q: torch.Tensor, places: int) -> Requests:
     TND knows neither padding rows nor gaps between keys: both become requests of their own, of rows without keys and of keys
     without rows, unless host lengths show that there are none. Nothing is read from the device.
     """
-    cu_seqlens_q, seqlens_k = beside(batch.cu_seqlens_q, q), beside(batch.seqlens_k, q)
+    cu_seqlens_q, seqlens_k = (beside(array, q).contiguous() for array in (batch.cu_seqlens_q, batch.seqlens_k))
     ends = cu_seqlens_q[1:]
     rows = ends.new_full((1,), len(q))
     if batch.block_table is not None:
@@ -39,7 +39,7 @@ def requests_of(batch: Batch, q: torch.Tensor, places: int) -> Requests:
         none = torch.zeros_like(rows)
         no_pages = table.new_zeros((1, table.shape[1]))
         return Requests("PA_BSND", _joined(ends, rows), _joined(seqlens_k, none), _joined(table, no_pages))
-    starts = beside(batch.cu_seqlens_k, q)
+    starts = beside(batch.cu_seqlens_k, q).contiguous()
     if _no_padding(batch, len(q)) and _no_gaps(batch, places):
         return Requests("TND", ends, starts[1:], None)
     key_ends = _joined((starts[:-1] + seqlens_k)[:, None], starts[1:, None], dim=1).reshape(-1)

@@ -58,8 +58,11 @@ def find(batch: Batch, q: torch.Tensor, *, visible: bool) -> Rows:
     rows = q.shape[0]
     owner, end, *seen = scratch(q, torch.int32, 3 if visible else 2, rows)
     start = seen[0] if visible else None
-    cu_seqlens_q, seqlens_k = beside(batch.cu_seqlens_q, q), beside(batch.seqlens_k, q)
-    bounds = (beside(batch.key_start, q), beside(batch.key_end, q)) if visible and batch.key_start is not None else (None, None)
+    # Kernels index these as memory: a view of every other element is copied.
+    cu_seqlens_q, seqlens_k = (beside(array, q).contiguous() for array in (batch.cu_seqlens_q, batch.seqlens_k))
+    bounds: list[torch.Tensor | None] = [None, None]
+    if visible and batch.key_start is not None:
+        bounds = [beside(array, q).contiguous() for array in (batch.key_start, batch.key_end)]
     launch(
         find_rows,
         (-(-rows // FIND.blocks["ROWS"]),),
@@ -76,7 +79,7 @@ def find(batch: Batch, q: torch.Tensor, *, visible: bool) -> Rows:
     )
     shared = (owner, start, end, cu_seqlens_q)
     if batch.block_table is None:
-        return Rows(*shared, beside(batch.cu_seqlens_k, q), None, 0, 0)
+        return Rows(*shared, beside(batch.cu_seqlens_k, q).contiguous(), None, 0, 0)
     table = beside(batch.block_table, q).contiguous()
     return Rows(*shared, None, table, table.stride(0), int(batch.page_size or 0))
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -27,6 +27,8 @@ from dsa_portable import Batch, DeviceUnavailable, InvalidArgument, Unsupported,
 from dsa_portable.arrays import from_numpy, is_torch, to_numpy
 from dsa_portable.backends.cuda import BACKEND, configurations, device
 from dsa_portable.backends.cuda.kernels.rows import decoded_e4m3
+from dsa_portable.conformance.cases.lightning_index import IndexCase
+from dsa_portable.conformance.cases.sparse_attend import AttendCase
 from dsa_portable.conformance.hosts.triton import requested
 from dsa_portable.formats import LAYOUTS, pack
 
@@ -270,6 +272,27 @@ def test_index_reads_and_writes_any_strides(format: str) -> None:
     assert all(one is other for one, other in zip(found, out, strict=True))
     assert bits(found) == bits(results)
     assert bits(strided.values()) == before
+
+
+SMALL = (
+    (lightning_index, IndexCase("views", "", (), "bf16/f32/-", ((2, 9), (0, 3), (1, 40)), heads=16, topk=8)),
+    (sparse_attend, AttendCase("views", "", (), "bf16", ((2, 9), (0, 3), (1, 40)), heads=16, topk=32)),
+)
+
+
+@pytest.mark.parametrize(("operator", "case"), SMALL, ids=["index", "attend"])
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize("ranges", [False, True])
+def test_a_batch_of_views_is_read_as_it_is(operator: Any, case: Any, page_size: int | None, ranges: bool) -> None:
+    """Every array of the batch is every other element of twice as many."""
+    if ranges and operator is sparse_attend:
+        pytest.skip("attention reads no ranges")
+    call = replace(case, page_size=page_size, **({"ranges": True} if ranges else {})).build()
+    views = replace(call, strides="transposed").make_batch(put)
+    assert not any(array is not None and array.is_contiguous() for array in views.flatten()[0])
+    arguments = {**call.on(put).arrays, **call.options}
+    plain, viewed = (operator(**arguments, batch=batch) for batch in (call.make_batch(put), views))
+    assert bits([plain]) == bits([viewed])
 
 
 def test_index_writes_no_input() -> None:
