@@ -20,6 +20,7 @@ from dsa_portable.conformance.execute.declaration import subject_of
 from dsa_portable.conformance.execute.emulation import emulating
 from dsa_portable.conformance.execute.process import peak_memory
 from dsa_portable.conformance.execute.recording import Recording, Subject
+from dsa_portable.conformance.judging.again import ask_again
 from dsa_portable.conformance.judging.process import Judges
 from dsa_portable.conformance.report import environment, terminal, write
 from dsa_portable.conformance.report.build import report_of
@@ -116,6 +117,7 @@ class _Session:
                     if id not in self.kept:
                         since = datetime.now(timezone.utc) - self.started
                         self.say(terminal.progress(self.rows[id], len(self.rows), len(ids), since.total_seconds()))
+                ask_again(self.subject, self.rows, self.chip, self.say)
             except BackendError as exc:
                 self.stopped = f"the backend could not be started again: {exc}"
             except KeyboardInterrupt:

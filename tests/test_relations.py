@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dsa_portable.conformance.cases.call import Call, Outputs, drive
-from dsa_portable.conformance.cases.catalogue import CASES
+from dsa_portable.conformance.cases.catalogue import CASES, LISTS
 from dsa_portable.conformance.cases.relation import RELATIONS, PipelineCase, RelationCase
 from dsa_portable.conformance.judging.judge import judge_calls
 from dsa_portable.conformance.judging.rules import Verdict
@@ -25,6 +25,7 @@ NAMED = "positions = entries[inside & counted]"
 SHIFTED = Fault("", "every entry names the key before", NAMED, f"{NAMED}; positions = np.maximum(positions - 1, 0)")
 SMALL = {
     "rerun": (f"{INDEX}-prefill-rerun", "attend-bf16-decode-rerun-lse"),
+    "rerun-equal-shapes": (f"{INDEX}-prefill-rerun-equal-shapes", "attend-bf16-decode-rerun-equal-shapes-lse"),
     "batch-mates": (f"{INDEX}-prefill-batch-mates", "attend-bf16-decode-batch-mates-lse"),
     "query-slices": (f"{INDEX}-prefill-query-slices", "attend-bf16-prefill-query-slices-lse"),
     "page-size": (f"{INDEX}-decode-page-size", "attend-bf16-decode-page-size-lse"),
@@ -87,7 +88,7 @@ def nudged(call: Call, outputs: dict[str, np.ndarray], by: int) -> dict[str, np.
     return spoilt
 
 
-@pytest.mark.parametrize("relation", ["rerun", "batch-mates", "query-slices", "page-size"])
+@pytest.mark.parametrize("relation", ["rerun", "rerun-equal-shapes", "batch-mates", "query-slices", "page-size"])
 def test_one_changed_bit_is_seen(relation: str) -> None:
     class Moody:
         """What depends on the number of the call depends on history."""
@@ -107,6 +108,7 @@ def test_one_changed_bit_is_seen(relation: str) -> None:
     ("case_id", "words"),
     [
         (f"{INDEX}-prefill-rerun", "indices of call"),
+        (f"{INDEX}-prefill-rerun-equal-shapes", "indices of call"),
         (f"{INDEX}-prefill-batch-mates", "request"),
         (f"{INDEX}-prefill-query-slices", "halves"),
         (f"{INDEX}-decode-page-size", "indices of call"),
@@ -122,6 +124,73 @@ def test_a_selection_that_flips_among_ties_is_seen(case_id: str, words: str) -> 
         found = judge_calls(tied, calls, outputs, lambda call: loose[call.operator])
     assert found.status == "FAIL"
     assert words in found.reason
+
+
+# --- what is kept by shape ---
+
+EQUAL_SHAPES = {
+    id: case for id, case in CASES.items() if isinstance(case, RelationCase) and case.relation == "rerun-equal-shapes"
+}
+SAMPLE = [f"{prefix}-{phase}" for prefix in (INDEX, "attend-bf16") for phase in ("prefill", "decode")]
+
+
+def test_every_rerun_of_a_released_list_has_one_of_equal_shapes() -> None:
+    released = {id for id, case in CASES.items() if isinstance(case, RelationCase) and case.relation == "rerun"}
+    assert {id.replace("rerun", "rerun-equal-shapes") for id in released} == set(EQUAL_SHAPES)
+    assert not released & set(LISTS["deterministic"])
+    assert set(EQUAL_SHAPES) < set(LISTS["deterministic"])
+
+
+@pytest.mark.parametrize("case_id", EQUAL_SHAPES)
+def test_the_call_between_has_other_rows_and_lengths(case_id: str) -> None:
+    requests = EQUAL_SHAPES[case_id].base.requests
+    for lengths in zip(*requests, strict=True):
+        assert lengths != lengths[::-1], "reversed, it is the same"
+    assert EQUAL_SHAPES[case_id].base.padding_rows
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_the_call_between_has_equal_shapes(name: str) -> None:
+    calls = [*drive(EQUAL_SHAPES[f"{name}-rerun-equal-shapes"].steps(), lambda call: None)]
+    first, other = calls[0], calls[2]
+    assert [call is first for call in calls] == [True, True, *[False, True] * 6]
+    assert all(call is other for call in calls if call is not first)
+    assert (first.operator, first.options, first.batch_options) == (other.operator, other.options, other.batch_options)
+    assert not other.prelude, "it is judged"
+    for one, another in ((first.arrays, other.arrays), (first.batch, other.batch)):
+        assert {n: (a.dtype, a.shape) for n, a in one.items()} == {n: (a.dtype, a.shape) for n, a in another.items()}
+        assert not [n for n, a in one.items() if a.tobytes() == another[n].tobytes()], "all else differs"
+
+
+class Stale:
+    """A kernel that prepares an array of the batch once for each number of rows and requests, as captured graphs do."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.kept = name, dict[tuple[int, int], np.ndarray]()
+
+    def run(self, call: Call) -> Outputs:
+        key = (len(call.arrays["q"]), len(call.batch["seqlens_k"]))
+        now = call.batch[self.name]
+        kept = self.kept.setdefault(key, now)
+        # Never beyond memory: a crash would show without any comparison.
+        if self.name == "seqlens_k":
+            kept = np.minimum(kept, now)
+        if self.name == "block_table":
+            pages = len(call.arrays["k" if "k" in call.arrays else "kv"])
+            kept = np.where((kept >= 0) & (kept < pages), kept, now)
+        return kernel(PROFILE).run(replace(call, batch={**call.batch, self.name: kept}))
+
+
+@pytest.mark.parametrize("array", ["cu_seqlens_q", "seqlens_k", "block_table"])
+@pytest.mark.parametrize("name", SAMPLE)
+def test_what_is_kept_by_shape_is_caught(name: str, array: str) -> None:
+    assert verdict(small(f"{name}-rerun-equal-shapes"), Stale(array)).status == "FAIL"
+
+
+@pytest.mark.parametrize("case_id", [f"{INDEX}-prefill-rerun", f"{INDEX}-decode-rerun", "attend-bf16-decode-rerun"])
+def test_the_released_rerun_does_not_catch_it(case_id: str) -> None:
+    """Fewer rows between, or as many in each request: why there is a relation of equal shapes."""
+    assert verdict(small(case_id), Stale("cu_seqlens_q")).status == "PASS"
 
 
 def test_a_declared_tie_rule_is_judged() -> None:

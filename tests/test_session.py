@@ -21,6 +21,7 @@ import pytest
 from dsa_portable.conformance import lists
 from dsa_portable.conformance.cases.catalogue import CASES as CASES_BY_ID
 from dsa_portable.conformance.execute import arrays_file, recording
+from dsa_portable.conformance.judging.again import ASKED_AGAIN
 from dsa_portable.conformance.judging.judge import judge
 from dsa_portable.conformance.report import schema
 from dsa_portable.conformance.report.schema import Evidence, Report, Status
@@ -275,8 +276,9 @@ def test_misdeeds_cost_no_other_case(misdeeds: tuple[Run, list[int]]) -> None:
     assert done.returncode == 1
     assert done.stdout.splitlines()[-1].startswith("FAILED: ")
     assert len(seen(report)) == len(DEEDS)
-    assert len(processes) == len(DEEDS), "no case is tried twice"
-    replaced = [before != after for before, after in pairwise(processes)]
+    tried, again = processes[: len(DEEDS)], processes[len(DEEDS) :]
+    assert len(again) == len(set(again) - set(tried)) == ASKED_AGAIN, "alone, and what it answers then changes no verdict"
+    replaced = [before != after for before, after in pairwise(tried)]
     assert replaced == [deed.status == "ERROR" for deed in [*DEEDS.values()][:-1]]
     assert report.run.workers_replaced == sum(replaced)
     assert report.evidence is Evidence.HARDWARE, "a call that was refused says nothing about where the others ran"
@@ -797,6 +799,90 @@ def test_a_failure_is_kept_and_can_be_run_again(tmp_path: Path) -> None:
     alone = schema.load(tmp_path / "dsa-report-case" / "report.json")
     assert rows(alone)[case].reason == row.reason
     assert {other.status for other in alone.cases if other.id != case} == {Status.NOT_RUN}
+
+
+# A case that returns scores spoils as many of the cases that follow it in the same process as SPOILT says.
+LEAKY = """
+spoilt = 0
+LOG = Path(__file__).with_name("calls.txt")
+
+def index(request):
+    global spoilt
+    with open(LOG, "a") as log:
+        log.write(f"{os.getpid()}\\n")
+    found, bad, spoilt = lightning_index(request), spoilt > 0, spoilt - 1
+    if request.return_scores:
+        spoilt = SPOILT
+    elif bad or ALWAYS:
+        found[0] = -1
+    return found
+"""
+FIRST, NEXT, LAST = f"{HEAD}-prefill-scores", f"{HEAD}-prefill-plateau", SMALL
+
+
+def leaky(folder: Path, spoilt: int = 1, always: bool = False) -> None:
+    """Install it; the order of these three cases is the list's."""
+    assert [id for id in lists.load("smoke").cases if id in (FIRST, NEXT, LAST)] == [FIRST, NEXT, LAST]
+    source = LEAKY.replace("SPOILT", str(spoilt)).replace("ALWAYS", str(always))
+    plugins.module(folder, "leaky", "operators=OURS", source)
+
+
+def test_a_failure_that_takes_the_case_before_it_names_both(tmp_path: Path) -> None:
+    leaky(tmp_path)
+    done, report = conformance(tmp_path, "out", "--backend", "leaky", cases=[LAST, NEXT, FIRST])
+    row = rows(report)[NEXT]
+    assert [rows(report)[id].status for id in (FIRST, NEXT, LAST)] == [Status.PASS, Status.FAIL, Status.PASS]
+    assert row.reason.endswith(f"; it passes alone, and fails after {FIRST}")
+    assert row.reproducer.endswith(f" --case {FIRST} --case {NEXT}")
+    assert f"  run     {row.reproducer}\n" in done.stdout
+    assert "\n1 failing case is asked again alone\n" in done.stdout
+    assert report.run.workers_replaced == 0
+    first, *others = (tmp_path / "calls.txt").read_text().split()
+    assert others[:2] == [first] * 2
+    assert len(set(others[2:])) == 2, "alone, and after the other"
+    assert others[3] == others[4]
+    done, again = conformance(tmp_path, "again", *shlex.split(row.reproducer)[3:], DSA_BACKEND="leaky")
+    assert done.returncode == 1
+    assert {id: r.reason for id, r in seen(again).items()} == {FIRST: "", NEXT: row.reason}
+    _, resumed = conformance(tmp_path, "again", "--resume", DSA_BACKEND="leaky", cases=[LAST])
+    assert rows(resumed)[NEXT].reason == row.reason.partition("; it passes alone")[0], "nobody knows what ran before it"
+    assert rows(resumed)[NEXT].reproducer.endswith(f" --case {NEXT}")
+    assert FIRST not in rows(resumed)[NEXT].reproducer
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "always", "case", "words"),
+    [
+        (0, True, NEXT, ""),
+        (2, False, LAST, f"; it passes alone, and after {NEXT} alone: it fails after more of the run, or not every time"),
+    ],
+    ids=["fails alone", "takes more than the case before it"],
+)
+def test_a_failure_that_does_not_take_the_case_before_it_names_none(
+    tmp_path: Path, spoilt: int, always: bool, case: str, words: str
+) -> None:
+    leaky(tmp_path, spoilt, always)
+    _, report = conformance(tmp_path, "out", "--backend", "leaky", cases=[FIRST, NEXT, LAST])
+    row = rows(report)[case]
+    assert row.status is Status.FAIL
+    assert row.reason.endswith(words)
+    assert ("passes alone" in row.reason) == bool(words)
+    assert row.reproducer.endswith(f" --list {report.list.name} --case {case}")
+
+
+def test_only_the_first_failures_are_asked_again(tmp_path: Path) -> None:
+    leaky(tmp_path, spoilt=2)
+    code = (
+        "from dsa_portable.conformance import run\nfrom dsa_portable.conformance.judging import again\nagain.ASKED_AGAIN = 1\n"
+    )
+    code += f"run(backend='leaky', list='smoke', cases={[FIRST, NEXT, LAST]}, out='out', say=print)"
+    command, env = [sys.executable, "-c", code], plugins.environment(tmp_path)
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert "\n1 failing case is asked again alone; 1 more are not\n" in done.stdout, done.stderr
+    found = rows(schema.load(tmp_path / "out" / "report.json"))
+    assert (found[NEXT].status, found[LAST].status) == (Status.FAIL, Status.FAIL)
+    assert found[NEXT].reproducer.endswith(f" --case {FIRST} --case {NEXT}")
+    assert found[LAST].reproducer.endswith(f" --list {lists.load('smoke').name} --case {LAST}")
 
 
 def test_a_passing_case_alone_is_not_everything(tmp_path: Path) -> None:

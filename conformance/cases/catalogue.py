@@ -24,7 +24,7 @@ LISTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "smoke": tuple(c.id for c in core.CASES if c.smoke),
         "core": tuple(c.id for c in (*core.CASES, *products.CORE)),
-        "deterministic": tuple(c.id for c in deterministic.CASES),
+        "deterministic": tuple(c.id for c in deterministic.LISTED),
         "full": tuple(c.id for c in (*core.CASES, *products.CORE, *full.CASES, *products.FULL)),
         "parts": tuple(c.id for c in parts.CASES),
     }

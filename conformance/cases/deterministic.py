@@ -19,8 +19,11 @@ BASES = (
     AttendCase("prefill", "", (), "", ((5, 3000), (6, 2100), (2, 9)), heads=64, page_size=64, logits="peaked"),
     AttendCase("decode", "", (), "", ((1, 4100), (2, 2600), (1, 0)), heads=64, page_size=64, logits="peaked"),
 )
+# Rows and keys that are no palindromes: in reverse order, decode has other cu_seqlens_q too.
+LOPSIDED = {"lightning_index": ((2, 4100), (4, 2600), (1, 33)), "sparse_attend": ((3, 4100), (2, 2600), (1, 0))}
+EQUAL_SHAPES = "rerun-equal-shapes"
 INVARIANCES = (
-    ("rerun", "The same call eight times with another call between: equal bits, whatever the buffers held before."),
+    (EQUAL_SHAPES, "The same call eight times with another of equal shapes between: nothing that is kept by shape may outlive its call."),
     ("batch-mates", "Every request alone, and the batch in reverse order: equal bits in any company."),
     ("query-slices", "Each request's rows in two halves, as chunked prefill passes them: equal bits."),
     ("page-size", "The same keys in pages of 64 and 128 and flat: equal bits."),
@@ -30,36 +33,43 @@ TIES = (
     IndexCase("prefill-zeros", "Every score is +0.0 or -0.0: the lowest positions are kept.", ("ties", "exactness"), "", ((6, 3000),), content="plateau"),
     IndexCase("decode-ties", "Equal scores in decode, over pages.", ("ties", "exactness", "paging"), "", ((1, 4099), (2, 2300)), content="ties", page_size=64),
 )
+# Of lists of 2026.11 alone: between its reruns is the batch in reverse without padding rows, often of other shapes.
+RELEASED = (("rerun", "The same call eight times with another call between: equal bits, whatever the buffers held before."),)
 # fmt: on
 
 
-def _cases() -> Iterable[IndexCase | AttendCase | RelationCase]:
+def _related(one: IndexCase | AttendCase, relation: str, why: str, *also: str) -> RelationCase:
+    """The relation on this base, whose id it carries on; `also`: hazards beside the relation's own."""
+    id = f"{one.id}-{relation}"
+    if relation == EQUAL_SHAPES:
+        one = replace(one, requests=LOPSIDED[one.operator] if one.phase == "decode" else one.requests, padding_rows=1)
+    return RelationCase(id, why, ("rerun" if relation == EQUAL_SHAPES else relation, *also), one, relation)
+
+
+def _relations(invariances: tuple[tuple[str, str], ...]) -> Iterable[RelationCase]:
     for base in BASES:
         for format in INDEX_FORMATS if isinstance(base, IndexCase) else ATTEND_FORMATS:
-            for relation, why in INVARIANCES:
+            for relation, why in invariances:
                 # Packed caches keep their page size: repacking them is another format's bytes.
                 if not (relation == "page-size" and format in LAYOUTS):
-                    one = named(base, format)
-                    yield RelationCase(f"{one.id}-{relation}", why, (relation,), one, relation)
-    for case in TIES:
-        for format in INDEX_FORMATS:
-            yield named(case, format)
+                    yield _related(named(base, format), relation, why)
 
 
-# Ties that fall otherwise from call to call are right by themselves: only a relation on tied scores shows them.
-TIED = tuple(
-    RelationCase(f"{one.id}-{relation}", why, (relation, "ties"), one, relation)
-    for one in (replace(named(TIES[0], HEADLINE), page_size=64),)
-    for relation, why in INVARIANCES
+def _special(invariances: tuple[tuple[str, str], ...]) -> Iterable[RelationCase]:
+    # Ties that fall otherwise from call to call are right by themselves: only a relation on tied scores shows them.
+    tied = replace(named(TIES[0], HEADLINE), page_size=64)
+    for relation, why in invariances:
+        yield _related(tied, relation, why, "ties")
+    # lse takes part where it is offered; where it is not, the case without it stands.
+    for base in (base for base in BASES if isinstance(base, AttendCase)):
+        for relation, why in invariances:
+            case = _related(replace(named(base, "bf16"), options=LSE), relation, why, "lse")
+            yield replace(case, id=f"{case.id}-lse")
+
+
+LISTED: tuple[IndexCase | AttendCase | RelationCase, ...] = (
+    *_relations(INVARIANCES),
+    *(named(case, format) for case in TIES for format in INDEX_FORMATS),
+    *_special(INVARIANCES),
 )
-
-# lse takes part where it is offered; where it is not, the case without it stands.
-WITH_LSE = tuple(
-    RelationCase(f"{one.id}-{relation}-lse", why, (relation, "lse"), replace(one, options=LSE), relation)
-    for base in BASES
-    if isinstance(base, AttendCase)
-    for one in (named(base, "bf16"),)
-    for relation, why in INVARIANCES
-)
-
-CASES = (*_cases(), *TIED, *WITH_LSE)
+CASES = (*LISTED, *_relations(RELEASED), *_special(RELEASED))

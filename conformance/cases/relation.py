@@ -32,8 +32,14 @@ class Relation:
     """`calls` makes the further calls from the first; `pairs` says which parts of the results must be equal, bit for bit."""
 
     doc: str
-    calls: Callable[[Call], Sequence[Call]]
+    # The second argument makes a call of equal shapes, on other requests and values (SingleCall.before).
+    calls: Callable[[Call, Callable[[], Call]], Sequence[Call]]
     pairs: Callable[[Sequence[Call], Sequence[Outputs]], Pairs]
+
+
+def _of_first(make: Callable[[Call], Sequence[Call]]) -> Callable[[Call, Callable[[], Call]], Sequence[Call]]:
+    """For `calls` that need the first call alone."""
+    return lambda call, other: make(call)
 
 
 @dataclass(frozen=True)
@@ -68,9 +74,10 @@ class RelationCase:
 
     def steps(self, seed: str = "") -> Steps:
         """The first call, then those that the relation makes of it."""
-        first = replace(self.base, id=self.id).build(seed)
+        base = replace(self.base, id=self.id)
+        first = base.build(seed)
         # No `yield from`: it would pass on to the tuple the results that are sent in.
-        for call in (first, *RELATIONS[self.relation].calls(first)):  # noqa: UP028
+        for call in (first, *RELATIONS[self.relation].calls(first, lambda: base.before(first, seed))):  # noqa: UP028
             yield call
 
     def disagreement(self, calls: Sequence[Call], outputs: Sequence[Outputs]) -> str:
@@ -164,11 +171,23 @@ def _same(calls: Sequence[Call], outputs: Sequence[Outputs], of: Sequence[int]) 
             yield f"{name} of call {i} against call 0", outputs[0][name], outputs[i][name]
 
 
-def _rerun_calls(call: Call) -> list[Call]:
+def _between(call: Call, other: Call) -> list[Call]:
     # Another call between reruns leaves other numbers in whatever the backend keeps.
-    other = some_requests(call, range(len(call.batch["seqlens_k"]))[::-1])
     # Once back to back, so that a fault of period two shows as well.
     return [call, *(step for _ in range(RERUNS - 2) for step in (other, call))]
+
+
+def _rerun_calls(call: Call) -> list[Call]:
+    # Without the padding rows: fewer rows of q, which a cache that is keyed by shapes tells apart.
+    return _between(call, some_requests(call, range(len(call.batch["seqlens_k"]))[::-1]))
+
+
+def _rerun_pairs(calls: Sequence[Call], outputs: Sequence[Outputs]) -> Pairs:
+    """Every rerun, of the call between too, against the first time."""
+    for i, call in enumerate(calls):
+        first = next(j for j, earlier in enumerate(calls) if earlier is call)
+        for name in outputs[i] if i != first else ():
+            yield f"{name} of call {i} against call {first}", outputs[first][name], outputs[i][name]
 
 
 def _mates_calls(call: Call) -> list[Call]:
@@ -264,27 +283,34 @@ RELATIONS: Mapping[str, Relation] = MappingProxyType(
     {
         "rerun": Relation(
             f"the same call {RERUNS} times, another between",
-            _rerun_calls,
+            _of_first(_rerun_calls),
             lambda calls, outputs: _same(calls, outputs, [i for i, call in enumerate(calls) if i and call is calls[0]]),
         ),
-        "batch-mates": Relation("every request alone, and the batch in reverse order", _mates_calls, _mates_pairs),
+        "rerun-equal-shapes": Relation(
+            f"the same call {RERUNS} times, one of equal shapes on other requests and values between",
+            lambda call, other: _between(call, other()),
+            _rerun_pairs,
+        ),
+        "batch-mates": Relation("every request alone, and the batch in reverse order", _of_first(_mates_calls), _mates_pairs),
         "query-slices": Relation(
             "each request's rows in two halves",
-            lambda call: [half_of_rows(call, True), half_of_rows(call, False)],
+            lambda call, other: [half_of_rows(call, True), half_of_rows(call, False)],
             _slices_pairs,
         ),
         "page-size": Relation(
             "the same keys in pages of 128, and flat",
-            lambda call: [restored(call, 128), restored(call, None)],
+            lambda call, other: [restored(call, 128), restored(call, None)],
             lambda calls, outputs: _same(calls, outputs, range(1, len(outputs))),
         ),
-        "heads-reversed": Relation("heads in reverse order", _heads_reversed, _heads_pairs),
-        "weights-times-8": Relation("weights times a power of two", _weights_times_8, _times_8_pairs),
-        "keys-reversed": Relation("keys in reverse order", _keys_reversed, _keys_pairs),
+        "heads-reversed": Relation("heads in reverse order", _of_first(_heads_reversed), _heads_pairs),
+        "weights-times-8": Relation("weights times a power of two", _of_first(_weights_times_8), _times_8_pairs),
+        "keys-reversed": Relation("keys in reverse order", _of_first(_keys_reversed), _keys_pairs),
         "entries-reversed": Relation(
-            "entries of each row in reverse order", _entries_reversed, lambda calls, outputs: _same(calls, outputs, [1])
+            "entries of each row in reverse order",
+            _of_first(_entries_reversed),
+            lambda calls, outputs: _same(calls, outputs, [1]),
         ),
-        "values-shifted": Relation("a constant added to every value", _values_shifted, _shift_pairs),
+        "values-shifted": Relation("a constant added to every value", _of_first(_values_shifted), _shift_pairs),
     }
 )
 

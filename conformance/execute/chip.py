@@ -22,6 +22,7 @@ REUSE = {"MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1
 class Chip:
     """Started at once; `hello` says what was found. Raises BackendError where the backend cannot be started.
 
+    `predecessors`: for each case that was asked, the one before it in the same process; empty for the first of a process.
     `module`: what is run as the backend's process, with its first arguments.
     """
 
@@ -29,6 +30,8 @@ class Chip:
         self.backend, self.folder, self.scale, self.log, self.module = backend, folder, scale, log, module
         self.replaced, self.peak_memory = 0, 0
         self.process: Process | None = None
+        self.predecessors: dict[str, str] = {}
+        self.last = ""  # the case that the process was asked last
         self.closed = False
         self.hello = self._start()
 
@@ -55,6 +58,10 @@ class Chip:
             raise kinds.get(hello["kind"], BackendError)(hello["unavailable"])
         return hello
 
+    def afresh(self, folder: Path) -> Chip:
+        """The same backend in another process, which leaves its recordings in another folder."""
+        return Chip(self.backend, folder, scale=self.scale, log=self.log, module=self.module)
+
     def record(self, case: str) -> Recording:
         """The case's recording, which lies in the folder too.
 
@@ -66,6 +73,7 @@ class Chip:
             self._start()
             self.replaced += 1
         assert self.process is not None
+        self.predecessors[case], self.last = self.last, case
         self.process.ask({"case": case})
         try:
             self.process.answer(CASE_SECONDS * self.scale)
@@ -85,7 +93,7 @@ class Chip:
         """End the process; the next case gets a fresh one."""
         if self.process is not None:
             self.process.kill()
-            self.process = None
+            self.process, self.last = None, ""
 
     def close(self) -> None:
         """End the process for good; a case that it is at leaves no recording."""

@@ -29,8 +29,6 @@ def row_of(
 ) -> CaseResult:
     """The row of a case of the subject's list."""
     frozen = lists.load(subject.list_name)
-    emulate = f" --emulate {shlex.quote(subject.emulate)}" if subject.emulate else ""
-    command = f"dsa-portable conformance --list {frozen.name} --case {case.id}{emulate}"
     return CaseResult(
         id=case.id,
         operator=case.operator,
@@ -51,5 +49,25 @@ def row_of(
         inputs_sha256=frozen.cases[case.id],
         outputs_sha256=outputs_sha256,
         artefact=None,
-        reproducer=f"DSA_BACKEND={shlex.quote(subject.backend)} {command}",
+        reproducer=_command(subject, case.id),
     )
+
+
+def _command(subject: Subject, *ids: str) -> str:
+    cases = "".join(f" --case {id}" for id in ids)
+    emulate = f" --emulate {shlex.quote(subject.emulate)}" if subject.emulate else ""
+    backend = f"DSA_BACKEND={shlex.quote(subject.backend)}"
+    return f"{backend} dsa-portable conformance --list {lists.load(subject.list_name).name}{cases}{emulate}"
+
+
+def passing_alone(row: CaseResult, subject: Subject, predecessor: str, after_it: bool) -> CaseResult:
+    """The failing row of a case that passes in a process of its own; `after_it`: it fails there after its predecessor.
+
+    A run asks in the order of the list, so that the command asks the predecessor first. The verdict stays.
+    """
+    if not after_it:
+        words = f"it passes alone, and after {predecessor} alone: it fails after more of the run, or not every time"
+        return row.model_copy(update={"reason": f"{row.reason}; {words}"})
+    words = f"it passes alone, and fails after {predecessor}"
+    command = _command(subject, predecessor, row.id)
+    return row.model_copy(update={"reason": f"{row.reason}; {words}", "reproducer": command})

@@ -291,7 +291,7 @@ def test_a_batch_of_views_is_read_as_it_is(operator: Any, case: Any, page_size: 
     views = replace(call, strides="transposed").make_batch(put)
     assert not any(array is not None and array.is_contiguous() for array in views.flatten()[0])
     arguments = {**call.on(put).arrays, **call.options}
-    plain, viewed = (operator(**arguments, batch=batch) for batch in (call.make_batch(put), views))
+    plain, viewed = (operator(**arguments, batch=batch, backend="cuda") for batch in (call.make_batch(put), views))
     assert bits([plain]) == bits([viewed])
 
 
