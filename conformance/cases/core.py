@@ -138,6 +138,12 @@ ATTEND_LSE = (
                ((5, 6000), (2, 0), (2, 7)), heads=64, padding_rows=1, logits="peaked", options=LSE, smoke=True),
     AttendCase("decode-lse", "The same over pages.", ("lse", "paging"), "", ((1, 4100), (2, 130), (1, 0)), heads=64, page_size=64, options=LSE, smoke=True),
 )
+# In every format: exp(lse) overflows float32 where logits are hot, and so does exp(sink).
+ATTEND_SINK_HOT = tuple(
+    AttendCase(f"{phase}-sink-hot", "Sinks about the largest of hot logits, where exp of neither is a float32.", ("sink", "logits", "lse"), "", requests,
+               heads=64, page_size=page_size, logits="hot", sink=True, sinks_near=True, options=LSE)
+    for phase, requests, page_size in (("decode", ((2, 2900), (1, 70), (1, 0)), 64), ("prefill", ((5, 2900), (1, 70), (1, 0)), None))
+)
 # Keys as wide as values: a port of such models has every head count and every way to store keys tried, in both phases.
 ATTEND_512 = tuple(
     AttendCase(f"{phase}-dim512-h{heads}-{f'page{page_size}' if page_size else 'flat'}",
@@ -187,7 +193,7 @@ def _index() -> Iterable[Case]:
 
 def _attend() -> Iterable[Case]:
     for format in ATTEND_FORMATS:
-        for case in (*ATTEND_TEMPLATES, *ATTEND_GRID, *ATTEND_LSE):
+        for case in (*ATTEND_TEMPLATES, *ATTEND_GRID, *ATTEND_LSE, *ATTEND_SINK_HOT):
             yield named(case, format)
     yield from map(named, (*ATTEND_OPTIONS, *ATTEND_512))
 

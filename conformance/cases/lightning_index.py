@@ -83,6 +83,7 @@ class IndexCase(SingleCall):
     magnitude: str = "usual"  # a row of MAGNITUDES
     negative: bool = False  # every weight has the other sign: most scores are below 0
     range_ends: bool = False
+    spare_pages: int = 2  # that nothing names, anywhere among the others
     twice: bool = False  # a request holds a page twice
     around: Surroundings = USUAL
     point: tuple[tuple[str, str], ...] = ()  # of axes.py, where the case is a row of the covering table
@@ -106,7 +107,7 @@ class IndexCase(SingleCall):
         lengths = tuple(lk for _, lk in self.requests)
         storage = flat(lengths, self.gap)
         if self.page_size:
-            storage = paged(name, lengths, self.page_size, self.shared_pages, self.twice)
+            storage = paged(name, lengths, self.page_size, self.shared_pages, self.twice, self.spare_pages)
         operand, weight, scale = self.format.split("/")
         content, drawn = CONTENTS[self.content], partial(self._drawn, name, operand, weight, scale != "-")
         q = content.q(drawn(f"{name}/q", (rows, self.heads, self.head_dim)))

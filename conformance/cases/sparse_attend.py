@@ -60,6 +60,7 @@ class AttendCase(SingleCall):
     smoke: bool = False  # a case of the smoke list too
     sinks_near: bool = False  # the largest logits, wherever they lie
     lengths_beyond: bool = False
+    spare_pages: int = 2  # that nothing names, anywhere among the others
     subset: bool = False  # every row names at most half of its request's keys
     slot_zero: bool = False  # position 0, flat row 0 and slot 0 are named by no row, and hold NaN
     twice: bool = False  # a request holds a page twice
@@ -84,7 +85,7 @@ class AttendCase(SingleCall):
         lengths = tuple(lk for _, lk in self.requests)
         storage = flat(lengths, self.gap)
         if self.page_size:
-            storage = paged(name, lengths, self.page_size, self.shared_pages, self.twice)
+            storage = paged(name, lengths, self.page_size, self.shared_pages, self.twice, self.spare_pages)
         rows = sum(lq for lq, _ in self.requests) + self.padding_rows
         barred = [
             np.union1d([0], np.flatnonzero(slots == 0)) if self.slot_zero else np.empty(0, np.int64) for slots in storage.rows

@@ -43,17 +43,19 @@ def flat(lengths: tuple[int, ...], gap: int) -> Storage:
     return Storage(int(starts[-1]), rows, batch, None)
 
 
-def paged(name: str, lengths: tuple[int, ...], page_size: int, shared_pages: int, twice: bool = False) -> Storage:
+def paged(
+    name: str, lengths: tuple[int, ...], page_size: int, shared_pages: int, twice: bool = False, spare: int = 2
+) -> Storage:
     """Pages in random order among unused ones; the first `shared_pages` full pages of a request are those of the longest one.
 
-    `twice`: a request's second page is its first one again. Table entries past the last page of a request name pages that do
-    not exist: following one is a fault that shows.
+    `twice`: a request's second page is its first one again. `spare`: how many pages nothing names, anywhere among the others.
+    Table entries past the last page of a request name pages that do not exist: following one is a fault that shows.
     """
     counts = [-(-length // page_size) for length in lengths]
     longest = int(np.argmax(lengths)) if lengths else 0
     common = [min(shared_pages, length // page_size) if r != longest else 0 for r, length in enumerate(lengths)]
     own = [count - shared for count, shared in zip(counts, common, strict=True)]
-    pages = values.permutation(f"{name}/pages", sum(own) + 2)
+    pages = values.permutation(f"{name}/pages", sum(own) + spare)
     width = max(counts, default=0) + 3
     garbage = np.array(GARBAGE_PAGES, np.int64)[np.arange(len(lengths) * width) % len(GARBAGE_PAGES)]
     table = garbage.reshape(len(lengths), width)
@@ -71,7 +73,8 @@ def paged(name: str, lengths: tuple[int, ...], page_size: int, shared_pages: int
 
 def share(storage: Storage, logical: list[Array]) -> list[Array]:
     """Make requests that share a page agree on what lies in it: the longest request's values win."""
-    if storage.page_size is None or not logical:
+    held = np.concatenate([np.empty(0, np.int64), *storage.rows])
+    if len(np.unique(held)) == len(held):
         return logical
     longest = max(range(len(logical)), key=lambda r: len(logical[r]))
     stored = np.zeros((storage.size, *logical[0].shape[1:]), logical[0].dtype)
