@@ -120,10 +120,19 @@ _REST = (
     *(f"attend-v32_fp8_656_nsr_f32-decode-{name}" for name in ("flat", "paged128")),
     "attend-ascend_656_nrs_int8-decode-flat",
 )
+# Points of the covering table, the cheapest that kill what was found in public ports and nothing above sees.
+_POINTS = (
+    *(f"{HEADLINE}-decode-axes-{n:03}" for n in (5, 7, 27, 35, 53, 55, 66, 160, 161, 164, 271, 286, 327)),
+    *(f"{HEADLINE}-prefill-axes-{n:03}" for n in (58, 69, 156)),
+    *(f"attend-bf16-decode-axes-{n:03}" for n in (1, 4, 17, 23, 31, 40, 47, 164)),
+    *(f"attend-bf16-prefill-axes-{n:03}" for n in (45, 57, 60)),
+    *(f"attend-f16-decode-axes-{n:03}" for n in (7, 12)),
+    *(f"attend-v32_fp8_656_nsr-decode-axes-{n:03}" for n in (7, 12, 18)),
+)
 INPUTS: Mapping[str, Input] = MappingProxyType(
     {
         **{id: Input(id) for id in _ALL},
-        **{id: Input(id, dear=True) for id in _REST},
+        **{id: Input(id, dear=True) for id in (*_REST, *_POINTS)},
         f"{HEADLINE}-prefill-ties-rerun": Input(f"{HEADLINE}-prefill-ties-rerun", dear=True, ties="any"),
         "attend-bf16-decode-lse: a row of holes": Input("attend-bf16-decode-lse", all_holes, dear=True),
         "attend-v32_fp8_656_nsr-decode-lse: pages around 2^31": Input(

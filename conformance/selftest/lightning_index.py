@@ -14,12 +14,19 @@ import numpy as np
 from dsa_portable.arrays import NUMPY_DTYPES
 from dsa_portable.batch import DECODE_ROWS
 from dsa_portable.conformance.judging.accumulator import rounded
-from dsa_portable.conformance.selftest.plant import Fault
+from dsa_portable.conformance.selftest.memory import as_contiguous, remembered, written_as_contiguous
+from dsa_portable.conformance.selftest.plant import Edit, Fault
 from dsa_portable.profile import Accumulator
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
+# Used inside edits.
+__all__ = ["as_contiguous", "remembered", "written_as_contiguous"]
+
 # What many edits take hold of, in the kernel's order.
+SIGNATURE = "lightning_index(call: Call, profile: Profile"
+BATCH = "batch, options, topk = call.batch"
+RESULTS = "indices = np.full("
 UNPACK = 'unpack(options["k_layout"], k)'
 BASE = 'base = int(batch["cu_seqlens_k"][request])'
 ROWS = "for row in range(first, last):"
@@ -45,6 +52,9 @@ RETURN = 'return {"indices": indices, "scores": scores}'
 UNCHECKED_MEMORY = ("keys, scale =", "slots = slots.clip(0, len(k) - 1); keys, scale =")
 UNCHECKED_TABLE = (PAGE, 'batch["block_table"][request].take(seen // page_size, mode="clip")')
 UNCHECKED = (UNCHECKED_TABLE, UNCHECKED_MEMORY)
+
+# A kernel that remembers: what it has `left` lives as long as it does.
+REMEMBERS: Edit = (SIGNATURE, f"{SIGNATURE}, left: Any = {{}}")
 
 # Used inside edits.
 E4M3, FNUZ = NUMPY_DTYPES["float8_e4m3fn"], NUMPY_DTYPES["float8_e4m3fnuz"]
@@ -194,6 +204,46 @@ FAULTS: tuple[Fault, ...] = (
     # --- packed caches: all values of a page before its scales, or each token's scale behind its values ---
     Fault("I87", "planar 132-byte cache read as interleaved", UNPACK, UNPACK.replace("]", '].replace("planar", "interleaved")'), "aiter#5591"),
     Fault("I88", "interleaved 132-byte cache read as planar", UNPACK, UNPACK.replace("]", '].replace("interleaved", "planar")')),
+    # --- calls at the ends of what a batch may be ---
+    Fault("I92", "row before the first key sees every key, in decode", f"max(0, {CAUSAL})", f"min(length, ({CAUSAL}) % 2**32) if call.phase == 'decode' else max(0, {CAUSAL})", "sglang#30378, vllm#56464"),
+    Fault("I93", "requests from 64 on are not computed", ROWS, ROWS.replace("last)", "last if request < 64 else first)"), "sglang#40429"),
+    Fault("I94", "requests from 64 on have the first ones' keys", BASE, BASE.replace("[request]", "[request % 64]"), "aiter#1815", more=((PAGE, PAGE.replace("request", "request % 64")), UNCHECKED_MEMORY)),
+    Fault("I95", "result as narrow as the longest request", RETURN, f"longest = int(lengths.max(initial=0)); indices, scores = indices[:, :longest], scores[:, :longest]; {RETURN}", "NeMo-Automodel#3035, VeOmni#912"),
+    Fault("I96", "nothing is written where no request has a key", RETURN, f"indices = indices if lengths.any() else np.full_like(indices, 2**31 - 1); {RETURN}", "DeepGEMM#353"),
+    Fault("I97", "a call without rows gets one", "np.full((len(queries), topk)", "np.full((max(1, len(queries)), topk)", "vllm#55695"),
+    Fault("I98", "causal offset from max_seqlen_k where there is one request", f"max(0, {CAUSAL})", f"min(length, max(0, {CAUSAL.replace('length', 'longest')}))",
+          more=((BASE, f"longest = length if len(lengths) > 1 else call.batch_options.get('max_seqlen_k', length); {BASE}"),)),
+    # (end + 63) // 64 tiles in int32.
+    Fault("I99", "key_end near the end of int32 wraps", KEY_END, f"({KEY_END} + 63 + 2**31) % 2**32 - 2**31 - 63"),
+    # --- one phase alone ---
+    Fault("I100", "pages that are neither 64 nor 128 taken for 64 in prefill", 'call.batch_options["page_size"]\n', 'call.batch_options["page_size"]; page_size = page_size if page_size in (None, 64, 128) or call.phase == "decode" else 64\n', "TensorRT-LLM#16219", more=UNCHECKED),
+    Fault("I101", "planar cache read as interleaved in decode", UNPACK, UNPACK.replace("]", '].replace("planar", "interleaved" if call.phase == "decode" else "planar")'), "TensorRT-LLM#16223"),
+    Fault("I102", "causal=False ignored in decode", 'not call.batch_options["causal"]', 'not (call.batch_options["causal"] or call.phase == "decode")'),
+    # --- geometries that no tile fits ---
+    Fault("I103", "last of an odd number of results lost", SELECT, SELECT.replace("topk", "topk - topk % 2 * (topk > 1)"), "cudnn-frontend#406"),
+    Fault("I104", "topk of 2049 to 2051 taken for 2048", SELECT, SELECT.replace("topk", "2048 if 2048 < topk < 2052 else topk"), "sglang#39431"),
+    Fault("I105", "last of an odd number of heads dropped", "np.arange(len(q))", "np.arange(len(q) // 2 * 2)", "tilelang-ascend#1741"),
+    # --- numbers ---
+    Fault("I106", "pads of -1e6 win over visible scores below", SORT, "np.sort(best[~(found[best] <= -1e6)])"),
+    Fault("I107", "scores clamped to 1e6", RANKED, RANKED.replace("found", "found.clip(-1e6, 1e6)")),
+    Fault("I108", "scores below 1e-10 ranked as 0", RANKED, RANKED.replace("found", "np.where(abs(found) < 1e-10, 0, found)")),
+    Fault("I109", "NaN of padding rows spoils the tile they end", W_ROW, f"{W_ROW} + 0 * weights[batch['cu_seqlens_q'][-1] :][: 16 - batch['cu_seqlens_q'][-1] % 16].astype(np.float32).sum() * (row // 16 == batch['cu_seqlens_q'][-1] // 16)"),
+    # --- results, in another way ---
+    Fault("I110", "unsorted positions and their scores in different orders", "found[chosen]", 'found[chosen if options.get("sorted", True) else best]', "pytorch#108642"),
+    Fault("I111", "second of two given arrays not written", RETURN, f'scores = np.full_like(scores, np.nan) if options.get("out") else scores; {RETURN}'),
+    # --- strides ---
+    Fault("I112", "q read as if contiguous", BATCH, f'call = as_contiguous(call, "q"); {BATCH}', "sglang#30575, aiter#4919"),
+    Fault("I113", "weights read as if contiguous", BATCH, f'call = as_contiguous(call, "weights"); {BATCH}', "FlagGems#5235"),
+    Fault("I114", "keys read as if contiguous", BATCH, f'call = as_contiguous(call, "k"); {BATCH}', "sglang#30575, aiter#4919"),
+    Fault("I115", "key scales read as if contiguous", BATCH, f'call = as_contiguous(call, "k_scale"); {BATCH}', "sglang#30575, aiter#4919"),
+    Fault("I116", "block table read as if contiguous", BATCH, f'call = as_contiguous(call, "batch.block_table"); {BATCH}', "FlagGems#5235", more=UNCHECKED),
+    Fault("I117", "results written as if contiguous", RETURN, f"indices = written_as_contiguous(call, indices); {RETURN}", "FlagGems#5235"),
+    # --- what an earlier call has left ---
+    Fault("I118", "row-to-request map of an earlier call of the same shapes", BATCH, BATCH.replace("call.batch", 'remembered(left, call, "cu_seqlens_q")'), "TensorRT-LLM#17240, TensorRT-LLM#16925", more=(REMEMBERS,)),
+    Fault("I119", "lengths of an earlier call of the same shapes", BATCH, BATCH.replace("call.batch", 'remembered(left, call, "seqlens_k")'), "aprender#2030, tokenspeed#348", more=(REMEMBERS, *UNCHECKED)),
+    # They lie behind the row's end, up to the end of its tile.
+    Fault("I120", "scores of an earlier call compete", RANKED, "np.nan_to_num(np.append(found, left.get('scores', np.empty(0, np.float32))[: -len(found) % 128]), nan=-np.inf)", "vllm#40018",
+          more=(REMEMBERS, (SELECT, SELECT.replace("topk", "min(topk, len(found))")), ("found[chosen]", "np.append(found, np.full(128, -np.inf, np.float32))[chosen]; left['row'] = found"), (RETURN, f"left['scores'] = left.get('row', scores[:0, 0]); {RETURN}"))),
 )
 # fmt: on
 
@@ -218,9 +268,6 @@ UNOBSERVABLE: Mapping[str, str] = MappingProxyType(
         ),
         "garbage in scores outside of a row's visible range": (
             "Only scores of returned positions leave the operator; garbage that is selected is planted (I85)."
-        ),
-        "a workspace or result kept from an earlier call": (
-            "The first call has no earlier one; the reruns of the deterministic list, with another call between, see it."
         ),
     }
 )

@@ -12,13 +12,18 @@ from typing import Any, TypeAlias
 import ml_dtypes
 import numpy as np
 
+from dsa_portable.conformance.cases.call import Call
 from dsa_portable.conformance.cases.sparse_attend import V32_SCALE
 from dsa_portable.conformance.judging.accumulator import dot, rounded
+from dsa_portable.conformance.selftest.memory import as_contiguous, remembered, written_as_contiguous
 from dsa_portable.conformance.selftest.plant import Edit, Fault
 from dsa_portable.formats import Unpacked, unpack
 from dsa_portable.profile import Profile
 
 Array: TypeAlias = np.ndarray[Any, Any]
+
+# Used inside edits.
+__all__ = ["as_contiguous", "remembered", "written_as_contiguous"]
 
 # What gives a right answer, bit for bit or within the rounding that every order of summation has; so it is no fault.
 UNOBSERVABLE: Mapping[str, str] = MappingProxyType(
@@ -80,6 +85,15 @@ def in_range(batch: Mapping[str, Array], row: int, entries: Array) -> Array:
     return np.asarray((entries >= batch["key_start"][row]) & (entries < batch["key_end"][row]))
 
 
+def others_of_tile(call: Call, rows: range, row: int, context: int) -> Array:
+    """What the other rows of its tile of four name."""
+    tile = [other for other in rows if (other - rows.start) // 4 == (row - rows.start) // 4 and other != row]
+    length = call.arrays.get("topk_length")
+    lists = [call.arrays["indices"][other, : None if length is None else max(0, length[other])] for other in tile]
+    named = np.unique(np.concatenate([np.empty(0, np.int64), *lists])).astype(np.int64)
+    return named[(named >= 0) & (named < context)]
+
+
 # nsr: values, scales, rotated part; nrs: values, rotated part, scales.
 NSR_AS_NRS = {"v32_fp8_656_nsr": "ascend_656_nrs_fp8", "v32_fp8_656_nsr_f32": "ascend_656_nrs_fp8"}
 NRS_AS_NSR = {"ascend_656_nrs_fp8": "v32_fp8_656_nsr_f32", "ascend_656_nrs_int8": "v32_fp8_656_nsr_f32"}
@@ -122,6 +136,16 @@ CACHE = 'if options["kv_layout"] is None:'
 PARTS = 'unpack(options["kv_layout"], call.arrays["kv"])'
 TILES = 'np.repeat(scales, layout(options["kv_layout"]).tile, axis=1)'
 
+SIGNATURE = "sparse_attend(call: Call, profile: Profile"
+BATCH = "batch, options, softmax_scale = call.batch"
+RETURN = 'return {"out": outputs, "lse": lses}'
+HAS_NONE = "if not len(positions)"
+FIRST = "inside & counted | ~np.logical_or.accumulate(inside & counted)"  # and the holes before it
+
+# A kernel that remembers: what it has `left` lives as long as it does.
+REMEMBERS: Edit = (SIGNATURE, f"{SIGNATURE}, left: Any = {{}}")
+# Some entries are gathered that do not count.
+SURPLUS: Edit = (HAS_NONE, "if not (inside & counted).any()")
 # What is read outside the memory or the table is found somewhere inside, as on a lucky day.
 IN_MEMORY: Edit = (CACHE, f'slots = slots % call.arrays["kv"][..., 0].size{LINE}{CACHE}')
 IN_TABLE: Edit = (LOOKUP, "table[request, np.minimum(page, table.shape[1] - 1)]")
@@ -250,5 +274,63 @@ FAULTS: tuple[Fault, ...] = (
     Fault("A80", "keys and values in bfloat16 where float32 is declared", KV, 'rounded(kv, "bfloat16")'),
     Fault("A81", "probabilities in bfloat16 where float32 is declared", P, 'rounded(shares, "bfloat16")'),
     Fault("A82", "keys, values and probabilities in bfloat16 where float32 is declared", KV, 'rounded(kv, "bfloat16")', more=((P, 'rounded(shares, "bfloat16")'),)),
+
+    # --- calls at the ends of what a batch may be ---
+    Fault("A84", "requests from 64 on are not computed", "range(begin, stop)", "range(begin, stop if request < 64 else begin)", "sglang#40429"),
+    Fault("A85", "requests from 64 on have the first ones' keys", LOOKUP, LOOKUP.replace("request", "request % 64"), "aiter#1815",
+          more=(('int(batch["cu_seqlens_k"][request]) + positions', 'int(batch["cu_seqlens_k"][request % 64]) + positions'), IN_MEMORY)),
+    Fault("A86", "nothing is written where no request has a key", RETURN, f"outputs = outputs if batch['seqlens_k'].any() else np.full_like(outputs, np.nan); {RETURN}", "DeepGEMM#353"),
+    Fault("A87", "a call without rows gets one", 'np.zeros((len(call.arrays["q"])', 'np.zeros((max(1, len(call.arrays["q"]))', "vllm#55695"),
+    Fault("A88", "max_seqlen_k taken for the length where there is one request", CONTEXT, f"{CONTEXT}; context = context if len(batch['seqlens_k']) > 1 else call.batch_options.get('max_seqlen_k', context)", more=(IN_TABLE, IN_MEMORY)),
+
+    # --- one phase, or one format, alone ---
+    Fault("A89", "pages that are neither 64 nor 128 taken for 64 in prefill", 'page_size, table = int(call.batch_options["page_size"])',
+          'page_size, table = int(call.batch_options["page_size"]) if call.phase == "decode" or call.batch_options["page_size"] in (64, 128) else 64', "TensorRT-LLM#16219", more=(IN_TABLE, IN_MEMORY)),
+    Fault("A90", "repeated index counted once in decode", POSITIONS, f"np.unique({POSITIONS}) if call.phase == 'decode' else {POSITIONS}"),
+    Fault("A91", "repeated index counted once in a packed cache", POSITIONS, f"np.unique({POSITIONS}) if options['kv_layout'] else {POSITIONS}"),
+    Fault("A92", "sink ignored in float16", 'call.arrays.get("attn_sink")', 'None if call.format == "f16" else call.arrays.get("attn_sink")'),
+    Fault("A93", "sink ignored in a packed cache", 'call.arrays.get("attn_sink")', 'None if options["kv_layout"] else call.arrays.get("attn_sink")'),
+    Fault("A94", "topk_length ignored in float16", TOPK_LENGTH, TOPK_LENGTH.replace("if ", "if call.format != 'f16' and ")),
+    Fault("A95", "topk_length ignored in a packed cache", TOPK_LENGTH, TOPK_LENGTH.replace("if ", "if options['kv_layout'] is None and ")),
+
+    # --- which entries count, once more ---
+    Fault("A96", "topk_length read per request in decode", TOPK_LENGTH, TOPK_LENGTH.replace("[row]", "[request if call.phase == 'decode' else row]"), "cudnn-frontend#405"),
+    Fault("A97", "topk_length read by the row in the request", TOPK_LENGTH, TOPK_LENGTH.replace("[row]", "[row - begin]"), "cudnn-frontend#785"),
+    Fault("A98", "topk_length below 0 read as unsigned", TOPK_LENGTH, TOPK_LENGTH.replace("[row])", "[row]) % 2**32"), "cudnn-frontend#405"),
+    # At most one row further.
+    Fault("A99", "topk_length above topk reads on in the next row", TOPK_LENGTH, f'{TOPK_LENGTH}; entries = call.arrays["indices"].reshape(-1)[row * len(entries) :][: max(len(entries), min(count, 2 * len(entries)))].astype(np.int64)', "cudnn-frontend#785"),
+    Fault("A100", "first keys in place of the list in a request that topk holds", POSITIONS, f"np.arange(len({POSITIONS})) if context <= len(entries) else {POSITIONS}"),
+    Fault("A101", "as many entries read as are valid", POSITIONS, "entries[inside & counted & (np.arange(len(entries)) < (inside & counted).sum())]", "cudnn-frontend#405, vllm#36616"),
+    Fault("A102", "chunk of entries skipped that begins behind the row's position", POSITIONS, "entries[inside & counted & (np.arange(len(entries)) // 64 * 64 <= context - stop + row)]", "FlagGems#2184"),
+    Fault("A103", "last of an odd number of entries lost", POSITIONS, "entries[inside & counted & (np.arange(len(entries)) < len(entries) // 2 * 2)]", "cudnn-frontend#406"),
+
+    # --- what does not count is multiplied by 0 ---
+    Fault("A104", "NaN of a key that another row of the tile counts", POSITIONS, f"np.append({POSITIONS}, others_of_tile(call, range(begin, stop), row, context))", more=(
+        SURPLUS, (LOGITS, f"np.where(np.arange(len(positions)) < (inside & counted).sum(), {LOGITS}, -np.inf)"))),
+    Fault("A105", "NaN of padding rows spoils the tile they end", LOGITS, f"{LOGITS} + 0 * call.arrays['q'][batch['cu_seqlens_q'][-1] :][: 16 - batch['cu_seqlens_q'][-1] % 16].astype(np.float32).sum() * (row // 16 == batch['cu_seqlens_q'][-1] // 16)"),
+    Fault("A106", "leading holes gathered as position 0", POSITIONS, f"np.where(inside & counted, entries, 0)[{FIRST}]", more=(
+        SURPLUS, (LOGITS, f"np.where((inside & counted)[{FIRST}], {LOGITS}, -np.inf)"))),
+    Fault("A107", "leading holes gathered as slot 0", POSITIONS, f"np.where(inside & counted, entries, 0)[{FIRST}]", more=(
+        SURPLUS, (CACHE, f"slots = np.where((inside & counted)[{FIRST}], slots, 0){LINE}{CACHE}"), (LOGITS, f"np.where((inside & counted)[{FIRST}], {LOGITS}, -np.inf)"))),
+    # Where the last tile of entries is not full.
+    Fault("A108", "NaN that an earlier call left on the chip", WEIGHED, f"{WEIGHED} + 0 * left.get('sum', 0) * (len(positions) % 64 > 0)", more=(
+        REMEMBERS, (RETURN, f"left['sum'] = outputs.astype(np.float32).sum(); {RETURN}"))),
+
+    # --- numbers ---
+    Fault("A109", "running maximum starts at 0", TOP, f"np.maximum({TOP}, 0)"),
+    Fault("A110", "last of an odd number of heads lost", RETURN, f"outputs[:, heads // 2 * 2 :] = 0; {RETURN}", "tilelang-ascend#1741"),
+    Fault("A111", "second of two given arrays not written", RETURN, f'lses = np.full_like(lses, np.nan) if options.get("out") else lses; {RETURN}'),
+
+    # --- strides ---
+    Fault("A112", "q read as if contiguous", BATCH, f'call = as_contiguous(call, "q"); {BATCH}', "sglang#30575, aiter#4919"),
+    Fault("A113", "keys read as if contiguous", BATCH, f'call = as_contiguous(call, "kv"); {BATCH}', "FlagGems#5235"),
+    Fault("A114", "indices read as if contiguous", BATCH, f'call = as_contiguous(call, "indices"); {BATCH}', "sglang#30575, aiter#4919"),
+    Fault("A115", "block table read as if contiguous", BATCH, f'call = as_contiguous(call, "batch.block_table"); {BATCH}', "FlagGems#5235", more=(IN_MEMORY,)),
+    Fault("A116", "sink and topk_length read as if contiguous", BATCH, f'call = as_contiguous(call, "attn_sink", "topk_length"); {BATCH}', "FlagGems#5235"),
+    Fault("A117", "result written as if contiguous", RETURN, f"outputs = written_as_contiguous(call, outputs); {RETURN}", "FlagGems#5235"),
+
+    # --- what an earlier call has left ---
+    Fault("A118", "row-to-request map of an earlier call of the same shapes", BATCH, BATCH.replace("call.batch", 'remembered(left, call, "cu_seqlens_q")'), "TensorRT-LLM#17240, TensorRT-LLM#16925", more=(REMEMBERS,)),
+    Fault("A119", "lengths of an earlier call of the same shapes", BATCH, BATCH.replace("call.batch", 'remembered(left, call, "seqlens_k")'), "aprender#2030, tokenspeed#348", more=(REMEMBERS, IN_TABLE, IN_MEMORY)),
 )
 # fmt: on
