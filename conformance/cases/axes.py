@@ -127,7 +127,7 @@ AXES: Mapping[str, tuple[Axis, ...]] = MappingProxyType({
                 ("clustered", "clustered-scores"), ("lattice", "exactness"), ("ties", "ties"), ("cancel", "head-sum-precision"),
                 ("codes", "range"), ("plateau", "ties"))}}),
         _axis("magnitude", "how large scores are, and of which sign", {
-            "usual": _usual(), "tiny": _needed("scores of 1e-12", "range", magnitude="tiny"), "huge": _needed("scores of 1e17", "range", magnitude="huge"),
+            "usual": _usual(), "tiny": _needed("tiny scores", "range", magnitude="tiny"), "huge": _needed("huge scores", "range", magnitude="huge"),
             "negative": _needed("weights of the other sign", "range", negative=True)}),
         _heads(64, (32,), (16, 17, 66)),
         _axis("head_dim", "index head dimension", {"128": _usual(head_dim=128), "64": _may("head dimension 64", "geometry", head_dim=64)}, "head_dim"),
@@ -145,7 +145,10 @@ AXES: Mapping[str, tuple[Axis, ...]] = MappingProxyType({
         _axis("logits", "what logits are like", {
             "peaked": _usual(logits="peaked"), **{x: _needed(words, tag, logits=x) for x, words, tag in (
                 ("flat", "flat softmax", "logits"), ("hot", "hot logits", "logits"), ("mean", "equal logits", "exactness"), ("onehot", "one key per head", "exactness"),
-                ("above", "logits about 150", "logits"), ("below", "logits about -150", "logits"))}}),
+                ("above", "logits about 300", "logits"), ("below", "logits about -300", "logits"))}}),
+        _axis("scale", "softmax_scale", {"v32": _usual(), "256": _needed("softmax_scale 256^-0.5", "softmax-scale", softmax_scale=256**-0.5)}),
+        _axis("ranges", "what the batch has and attention does not read", {
+            "none": _usual(), "given": _needed("key ranges that are not read", "key-range", ranges=True)}),
         _axis("lists", "what rows of indices are like", {
             "holes": _usual(), "packed": _needed("lists without holes", "invalid-indices", holes=False), "subset": _needed("lists of half the keys", "invalid-indices", subset=True),
             "slot0": _needed("position 0, flat row 0 and slot 0 unread and NaN", "poison", slot_zero=True)}),
@@ -207,6 +210,16 @@ def optional(operator: str, point: Point) -> list[str]:
     return [name for name, value in point.items() if name in known and known[name].values[value].optional]
 
 
+SHAPE = {"requests", "rows", "keys"}
+# Where a case can show nothing but how it copes with its shape, or (the last entry) not that one value.
+_NOTHING: tuple[tuple[Mapping[str, tuple[str, ...]], tuple[str, str] | None], ...] = (
+    ({"requests": ("none",)}, None), ({"rows": ("none",)}, None), ({"keys": ("empty",)}, None),
+    ({"requests": ("one", "none")}, ("before", "other")),
+)  # fmt: skip
+BLIND: Mapping[str, tuple[tuple[Mapping[str, tuple[str, ...]], tuple[str, str] | None], ...]] = MappingProxyType({
+    # Where rows see no more keys than topk, or one more, there is hardly a choice.
+    "lightning_index": (*_NOTHING, ({"keys": ("short", "edge")}, None)), "sparse_attend": _NOTHING,
+})  # fmt: skip
 # A case uses at most so many values that no claim needs.
 MOST_OPTIONAL = 2
 
@@ -240,4 +253,6 @@ def met(operator: str, point: Point, strength: int) -> set[frozenset[tuple[str, 
     spare = {(name, point[name]) for name in optional(operator, point)}
     others = [one for one in point.items() if one not in spare]
     free = strength - len(spare)
-    return {frozenset((*spare, *chosen)) for chosen in combinations(others, free)} if free >= 0 else set()
+    found = {frozenset((*spare, *chosen)) for chosen in combinations(others, free)} if free >= 0 else set()
+    barren = [goal for blind, goal in BLIND[operator] if all(point.get(name) in values for name, values in blind.items())]
+    return {one for one in found if all(SHAPE & {n for n, _ in one} if not goal else goal not in one for goal in barren)}

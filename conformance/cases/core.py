@@ -63,6 +63,8 @@ INDEX_OPTIONS = (
     IndexCase("prefill-not-causal", "causal=False: every row sees every key of its request.", ("not-causal",), HEADLINE, ((16, 4500), (9, 33)), causal=False, smoke=True),
     IndexCase("prefill-visible-nan", "NaN in one row's weights and in one visible key: other rows are untouched, spoilt rows stay well-formed.",
               ("visible-nan",), HEADLINE, ((6, 5000), (9, 4000), (6, 2600)), visible_nan=True, smoke=True),
+    IndexCase("prefill-visible-inf", "Rows whose best 2,048 must hold scores of -inf: visible ones, and no place that nobody sees.", ("selection", "ragged"), HEADLINE, ((6, 3000), (5, 2600)), visible_inf=True),
+    IndexCase("decode-visible-inf", "The same in decode, over pages.", ("selection", "ragged"), HEADLINE, ((2, 3000), (3, 2600)), page_size=64, visible_inf=True),
     IndexCase("prefill-unsorted", "sorted=False: any order, unique and packed.", ("order",), HEADLINE, ((12, 5000), (3, 700)), options=(("sorted", False),), smoke=True),
     IndexCase("decode-out", "Results written into arrays of the caller's that held NaN bytes.", ("out", "short-row"), HEADLINE,
               ((1, 3000), (2, 40), (1, 0)), padding_rows=2, options=(("out", True),), smoke=True),

@@ -1,7 +1,7 @@
 """Draws covering.json: rows of axis values in which every two that can stand together meet.
 
-`python -m dsa_portable.conformance.cases.covering` prints how many cases there will be, and writes the table. It is drawn again
-only for lists of a new date: what stands in it is released. The tools for covering arrays that we know meet every pair of a
+`python -m dsa_portable.conformance.cases.covering` prints how many cases there will be, and writes the table: rows that
+stand in it stay, for they may be released, and what they lack is added. The tools for covering arrays that we know meet every pair of a
 whole space; here the pairs are given (core's, at one geometry), and what gains nothing must stay as usual, for it costs time.
 """
 
@@ -93,6 +93,7 @@ def _based(operator: str, phase: str, fits: Fits) -> Fits:
 def table() -> dict[str, dict[str, list[list[str]]]]:
     """covering.json, drawn."""
     drawn: dict[str, dict[str, list[list[str]]]] = {"core": {}, "full": {}}
+    standing = json.loads(TABLE.read_text(encoding="utf-8"))["core"]
     for operator, formats in FORMATS.items():
         for format in formats:
             for phase in ROWS:
@@ -100,10 +101,10 @@ def table() -> dict[str, dict[str, list[list[str]]]]:
                 strength, key = 1 + (format in PAIRED), f"{operator} {format} {phase}"
                 wanted = goals(operator, phase, strength, core)
                 based = _based(operator, phase, core)
-                rows = [*cover(operator, phase, goals(operator, phase, strength, based), strength, based)]
-                rows += cover(
-                    operator, phase, wanted.difference(*(met(operator, row, strength) for row in rows)), strength, core
-                )
+                rows = [dict(zip(axes(operator), values, strict=True)) for values in standing.get(key, [])]
+                for those, fits in ((goals(operator, phase, strength, based), based), (wanted, core)):
+                    left = those.difference(*(met(operator, row, strength) for row in rows))
+                    rows += cover(operator, phase, left, strength, fits)
                 beyond = [*cover(operator, phase, goals(operator, phase, strength, every) - wanted, strength, every)]
                 drawn["core"][key], drawn["full"][key] = ([[*row.values()] for row in some] for some in (rows, beyond))
                 print(

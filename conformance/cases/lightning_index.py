@@ -81,6 +81,7 @@ class IndexCase(SingleCall):
     options: tuple[tuple[str, Any], ...] = ()  # return_scores, sorted, out
     smoke: bool = False  # a case of the smoke list too
     magnitude: str = "usual"  # a row of MAGNITUDES
+    visible_inf: bool = False  # most scores of the last request are -inf, and some of them must be chosen
     negative: bool = False  # every weight has the other sign: most scores are below 0
     range_ends: bool = False
     spare_pages: int = 2  # that nothing names, anywhere among the others
@@ -120,6 +121,10 @@ class IndexCase(SingleCall):
             # Row 0 carries a NaN itself; position 1 of the last request is a NaN key that only its own rows see.
             weights[0, 0] = np.nan
             scales[-1][1] = np.nan
+        if self.visible_inf:
+            mine = slice(sum(lq for lq, _ in self.requests[:-1]), None)
+            weights[mine] = -abs(weights[mine])
+            scales[-1][np.arange(len(scales[-1])) % 4 > 0] = np.inf
         batch = batch_of(storage, name, self.requests, rows, self.ranges, self.range_ends)
         if self.around.neighbours:
             self._spoil(weights, keys, scales, operand)

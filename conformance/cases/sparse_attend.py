@@ -23,13 +23,13 @@ Array: TypeAlias = np.ndarray[Any, Any]
 V32_SCALE = 0.1352337788608801
 # Query sizes that give logits of standard deviation 0.07, 3 and 35 over kv of standard deviation 1.2.
 QUERY_SCALE = {"flat": 2.0**-13, "peaked": 0.75 * 2.0**-7, "hot": 2.0**-4, "above": 0.75 * 2.0**-7, "below": 0.75 * 2.0**-7}
-# All logits of a row lie that far from 0, by a last dimension in which every key is 8; 0.1352 * 139 * 8 = 150.
-OFFSET, KEY_OF_OFFSET = {"above": 139.0, "below": -139.0}, 8.0
+# All logits of a row lie that far from 0, by a last dimension in which every key is 8; 0.1352 * 278 * 8 = 300.
+OFFSET, KEY_OF_OFFSET = {"above": 278.0, "below": -278.0}, 8.0
 INVALID = (-1, -(2**31), 2**31 - 1, -7, -123456)
 # Most lie near the lse, where they matter, and need more than bfloat16 has.
 SINKS = (-np.inf, 12.7, 11.3, np.inf, 13.9, 0.0, 100.0, 9.1)
 # Where the largest logits lie, so that `sinks_near` has finite sinks about there.
-SINKS_NEAR = {"hot": 120.0, "above": 150.0, "below": -150.0}
+SINKS_NEAR = {"hot": 120.0, "above": 300.0, "below": -300.0}
 # `lengths_beyond`: topk_length below 0 and above topk too, in turns; None is topk, a fraction that of it.
 LENGTHS_BEYOND = (-4, 1, 1 / 3, 2**31 - 1, 0, -(2**31), 2.0, 1.0)
 
@@ -60,6 +60,8 @@ class AttendCase(SingleCall):
     smoke: bool = False  # a case of the smoke list too
     sinks_near: bool = False  # the largest logits, wherever they lie
     lengths_beyond: bool = False
+    softmax_scale: float = V32_SCALE
+    ranges: bool = False  # the batch has key ranges, which attention does not read
     spare_pages: int = 2  # that nothing names, anywhere among the others
     subset: bool = False  # every row names at most half of its request's keys
     slot_zero: bool = False  # position 0, flat row 0 and slot 0 are named by no row, and hold NaN
@@ -101,9 +103,17 @@ class AttendCase(SingleCall):
             arrays["topk_length"] = length.astype(np.int32)
         if self.around.garbage:
             self._soil_padding(arrays)
-        options = {"softmax_scale": V32_SCALE, "value_dim": self.dims[1], "kv_layout": self._layout, **dict(self.options)}
+        options = {
+            "softmax_scale": self.softmax_scale,
+            "value_dim": self.dims[1],
+            "kv_layout": self._layout,
+            **dict(self.options),
+        }
         batch = dict(storage.batch)
         batch["cu_seqlens_q"] = np.concatenate([[0], np.cumsum([lq for lq, _ in self.requests])]).astype(np.int32)
+        if self.ranges:
+            start = values.integers(f"{name}/start", (rows,), 0, 40).astype(np.int32)
+            batch |= {"key_start": start, "key_end": start + np.int32(9)}
         batch_options = {"page_size": self.page_size, **self.around.maxima(self.requests)}
         return Call("sparse_attend", arrays, batch, options, batch_options, strides=self.around.strides)
 
