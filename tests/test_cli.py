@@ -50,7 +50,7 @@ BAD: dict[str, tuple[Sequence[str], dict[str, str], int, str]] = {
         ("conformance", "--list", "cor"),
         {},
         2,
-        "list 'cor' was never released, but smoke-2026.11, core-2026.11.* were; name one of them, or smoke, core, .*",
+        "list 'cor' was never released, but smoke-2026.11, smoke-2026.12, core-2026.11.* were; name one of them, or smoke, .*",
     ),
     "unknown list of cases": (("conformance", "--list", "cor", "--list-cases"), {}, 2, "list 'cor' was never released"),
     "unknown case": (

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from dsa_portable.conformance import lists
 from dsa_portable.conformance.report import schema
 from tests import plugins
 
@@ -34,7 +35,7 @@ def test_each_case_is_a_test(tmp_path: Path) -> None:
     assert "UNSUPPORTED: as declared: 'topk_length' = True is not offered" in done.stdout
     assert "FAILED " in done.stdout
     assert "FAIL row 0 (row sees positions [0, 3000)): " in done.stdout
-    assert "1 failed, 1 passed, 1 skipped, 41 deselected" in done.stdout
+    assert f"1 failed, 1 passed, 1 skipped, {len(lists.load('smoke').cases) - 3} deselected" in done.stdout
     report = schema.load(tmp_path / "out" / "report.json")
     assert report.verdict in done.stdout.splitlines()
     assert report.list.executed == 2
