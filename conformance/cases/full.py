@@ -37,8 +37,8 @@ LARGE_ATTEND = (
 BIG_OFFSET = AttendCase("decode-big-offset", "The last keys lie more than 2^31 elements into the cache.", ("big-offset", "paging"), "v32_fp8_656_nsr", ((2, 3400000),), heads=16, page_size=64, holes=False)
 # More rows than a grid's second dimension holds; caches of more bytes or elements than an int32 counts.
 MANY_ROWS = (
-    IndexCase("prefill-70000-rows", "70,000 rows in a call.", ("big-offset", "short-row"), HEADLINE, ((70000, 40),)),
-    AttendCase("prefill-70000-rows", "70,000 rows of 16 heads.", ("big-offset", "short-row"), "bf16", ((70000, 4),), heads=16, holes=False),
+    named(IndexCase("prefill-70000-rows", "70,000 rows in a call.", ("big-offset", "short-row"), HEADLINE, ((70000, 40),))),
+    named(AttendCase("prefill-70000-rows", "70,000 rows of 16 heads.", ("big-offset", "short-row"), "bf16", ((70000, 4),), heads=16, holes=False)),
 )
 FAR_INDEX = tuple(
     IndexCase("decode-far-pages", "Pages on both sides of element 2^31 of the cache.", ("big-offset", "paging"), format, ((2, 2900), (1, 2100)), heads=32, page_size=64, spare_pages=270000)
@@ -103,7 +103,9 @@ CASES: tuple[Case, ...] = (
     named(LONGEST_INDEX),
     *(named(case, format) for case in LARGE_ATTEND for format in ATTEND_FORMATS),
     named(BIG_OFFSET),
-    *(named(case) for case in (*MANY_ROWS, *FAR_INDEX, *FAR_PACKED, *FAR_ATTEND)),
+    *MANY_ROWS,
+    *map(named, (*FAR_INDEX, *FAR_PACKED)),
+    *map(named, FAR_ATTEND),
     *_elsewhere(INDEX_OPTIONS, INDEX_FORMATS, HEADLINE),
     *_elsewhere(ATTEND_OPTIONS, ATTEND_FORMATS, "bf16"),
     *_symmetries(),
