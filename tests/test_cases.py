@@ -192,8 +192,12 @@ def test_place_fills_what_no_request_owns(lengths: tuple[int, ...], page_size: i
 # --- the table: checks that build nothing ---
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_entry(case: Case) -> None:
+def test_every_entry() -> None:
+    for case in CASES.values():
+        check_entry(case)
+
+
+def check_entry(case: Case) -> None:
     assert re.fullmatch(r"[a-z0-9_-]+", case.id)
     assert case.id.startswith(("index-", "attend-", "end-to-end-"))
     assert re.fullmatch(r"[A-Za-z0-9].*[^.\s]\.", case.why)

@@ -103,7 +103,7 @@ def table() -> dict[str, dict[str, list[list[str]]]]:
                 based = _based(operator, phase, core)
                 rows = [dict(zip(axes(operator), values, strict=True)) for values in standing.get(key, [])]
                 for those, fits in ((goals(operator, phase, strength, based), based), (wanted, core)):
-                    left = those.difference(*(met(operator, row, strength) for row in rows))
+                    left = those.difference(*(met(operator, row, strength) for row in rows if fits(row)))
                     rows += cover(operator, phase, left, strength, fits)
                 beyond = [*cover(operator, phase, goals(operator, phase, strength, every) - wanted, strength, every)]
                 drawn["core"][key], drawn["full"][key] = ([[*row.values()] for row in some] for some in (rows, beyond))
