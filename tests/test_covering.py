@@ -61,7 +61,7 @@ def test_every_two_values_that_can_stand_together_meet(key: Key) -> None:
 ELSEWHERE = (13, 7, 8, 2)
 
 
-@pytest.mark.parametrize(("key", "elsewhere"), zip(PAIRS, ELSEWHERE, strict=True))
+@pytest.mark.parametrize(("key", "elsewhere"), [*zip(PAIRS, ELSEWHERE, strict=True)])
 def test_those_of_one_geometry_meet_there(key: Key, elsewhere: int) -> None:
     """A backend that offers one alternative of each required feature, the usual one, loses hardly a pair of the others."""
     rows = [row for row in points(CORE, key) if at_base(key[0], key[2], row)]

@@ -94,7 +94,7 @@ def test_a_trial_ends_with_the_case_and_the_rule(monkeypatch: pytest.MonkeyPatch
     said: list[str] = []
     proof = {(TRIED[6].file, TRIED[6].before, TRIED[6].after): "No call needs more than one step."}
     monkeypatch.setattr(drawn, "EQUIVALENT", proof)
-    trials = drawn.run("cpu", TRIED, lists.load("smoke"), CASES, jobs=1, scale=0.1, say=said.append)
+    trials = drawn.run("cpu", TRIED, lists.load("smoke"), CASES, jobs=2, scale=0.05, say=said.append)
     found = {t.number: (t.result, t.killed_by.get("case"), t.killed_by.get("rule"), t.cases) for t in trials}
     assert found == {
         1: ("killed", CASES[1], "bound", 2),

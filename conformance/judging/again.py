@@ -17,7 +17,7 @@ from dsa_portable.conformance.report.schema import CaseResult, Status
 from dsa_portable.errors import BackendError
 
 # So many of a run's failing cases are asked again: each costs a start of the backend's process, or two.
-ASKED_AGAIN = 10
+ASKED_AGAIN = 5
 
 
 def ask_again(subject: Subject, rows: MutableMapping[str, CaseResult], chip: Chip, say: Callable[[str], None]) -> None:
