@@ -49,7 +49,7 @@ def test_smoke_passes_or_is_refused_as_declared(tmp_path: Path) -> None:
     report = schema.load(tmp_path / "out" / "report.json")
     assert done.returncode == 0, done.stdout
     assert {row.status for row in report.cases} == {Status.PASS, Status.UNSUPPORTED}
-    assert sum(row.status is Status.PASS for row in report.cases) == 14
+    assert sum(row.status is Status.PASS for row in report.cases) == 18
     assert (report.evidence, report.level) == (Evidence.EMULATED, None)
 
 
