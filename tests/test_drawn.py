@@ -88,6 +88,7 @@ TRIED = {
 }
 
 
+@pytest.mark.slow
 def test_a_trial_ends_with_the_case_and_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**ONE_THREAD, **VARIABLES["cpu"]}.items():
         monkeypatch.setenv(name, value)

@@ -697,8 +697,7 @@ def misaligned(tensor: Any) -> Any:
     return room[1:].view(tensor.shape)
 
 
-@pytest.mark.parametrize("change", [spread, misaligned])
-@pytest.mark.parametrize("name", ["k", "k_scale", "kv"])
+@pytest.mark.parametrize(("name", "change"), [("k", spread), ("k_scale", misaligned), ("kv", spread)])
 def test_a_cache_that_cannot_be_read_in_place_is_copied(name: str, change: Callable[[Any], Any]) -> None:
     """Strides are free (contract 1.3): the same bits, and the cache as it was."""
     if name == "kv":
