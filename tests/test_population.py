@@ -136,3 +136,9 @@ def test_a_template_still_sees_a_fault_under_the_widest_honest_accumulator(code:
     with np.errstate(all="ignore"):
         verdict = judge_call(case, call, kernel(profile, FAULTS[code], vars(MODULES[case.operator])).run(call), profile)
     assert verdict.status == "FAIL"
+
+
+def test_an_exp_that_errs_elsewhere_than_the_emulator_s_is_not_accused() -> None:
+    """Flat logits lie where the emulator's exp errs alike for all keys, which cancels; another errs at the largest alone."""
+    name = "attend: float32, exp off by 60 units"
+    assert population.judged(Unit("attend-f32-prefill-flat"), [name])[name][0] == ""

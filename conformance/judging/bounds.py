@@ -208,7 +208,7 @@ class Operands:
 def attention_bound(profile: Profile, row: Operands, dtype: str) -> RowBound:
     """Bound (B) and lse bound (L) of one row."""
     q, kv, p, out, lse, v = row.q, row.kv, row.p, row.out, row.lse, row.values
-    count, dim = kv.shape
+    (count, dim), sizes_v = kv.shape, abs(v)
     u_p = _rounding(profile.p)
     sizes = [magnitude(operand, profile.accumulator, dtype) for operand in (q, kv)]
     magnitudes = row.softmax_scale * (sizes[0] @ sizes[1].T).max(axis=1)
@@ -225,17 +225,17 @@ def attention_bound(profile: Profile, row: Operands, dtype: str) -> RowBound:
     sums = 2 * dot_gamma(profile.accumulator, count, EXTRA_OPERATIONS)
     summed = normaliser_gamma(profile, count)
     bound = (
-        theta[:, None] * spread + (u_p + row.kv_unit + sums + _rounding(profile.partials)) * (p @ abs(v)) + summed * abs(out)
+        theta[:, None] * spread + (u_p + row.kv_unit + sums + _rounding(profile.partials)) * (p @ sizes_v) + summed * abs(out)
     )
     rounding = UNIT_ROUNDOFF[dtype]
     bound = bound * (1 + rounding) + rounding * abs(out) + HALF_SUBNORMAL[dtype] + _subnormal(profile.partials)
     # P as it is stored is smaller than its share by what the maximum was rounded up.
     stored = np.exp(np.minimum(_rounding(profile.maximum) * row.largest, 600))[:, None]
-    bound = bound + smallest_held(profile) * stored * (1 + abs(v).max(axis=0))
-    bound = bound + stored * _subnormal(profile.p) * abs(v).sum(axis=0)
+    bound = bound + smallest_held(profile) * stored * (1 + sizes_v.max(axis=0))
+    bound = bound + stored * _subnormal(profile.p) * sizes_v.sum(axis=0)
     if profile.subnormals == "flushed":
         flushed = SMALLEST_NORMAL[profile.p] if profile.p in HALF_SUBNORMAL else 0.0
-        bound = bound + SMALLEST_NORMAL[dtype] + stored * flushed * abs(v).sum(axis=0)
+        bound = bound + SMALLEST_NORMAL[dtype] + stored * flushed * sizes_v.sum(axis=0)
     lse_bound = (
         2 * lam
         + dot_gamma(profile.accumulator, count, EXTRA_OPERATIONS)
@@ -333,14 +333,15 @@ def error_floor(profile: Profile, row: Operands, dtype: str) -> Float64:
     """[Hq], judging 4.2: the error per head below which no backend is accused, however lucky the emulator was.
 
     Half an output rounding (of a split's output too); eight additions of the whole; what a normaliser that takes one P after
-    another loses, or what truncation or a rounded normaliser takes of it; what random roundings of the logits leave,
+    another loses, or what truncation or a rounded normaliser takes of it; what random roundings of the logits and of exp leave,
     sqrt(sum (p_j tau_j |v_j - o|)^2), which rules where few keys share the softmax; half a rounding of every probability; one
     rounding of lse (the keys' own), which exp(x - lse) and merging splits by lse cost.
     """
     v, out = row.values, row.out
     distance = row.value_squares.sum(axis=1) - 2 * (out @ v.T) + (out * out).sum(axis=1, keepdims=True)
     squared = row.p * row.p
-    logits = np.sqrt((squared * _logit_walk(profile, row) * np.maximum(distance, 0)).sum(axis=1))
+    walk = _logit_walk(profile, row) + (profile.exp_ulp * 2.0**-24) ** 2
+    logits = np.sqrt((squared * walk * np.maximum(distance, 0)).sum(axis=1))
     probabilities = _rounding(profile.p) / 2 * np.sqrt(squared @ row.value_squares.sum(axis=1))
     count = len(v)
     share = max(UNIT_ROUNDOFF[dtype], _rounding(profile.partials)) / 2

@@ -96,8 +96,10 @@ class IndexReference:
     def _sums(self, q: Float64, k: Float64, weights: Float64) -> list[Float64]:
         """The scores, the same of |weights|, and those of all magnitudes: the bounds need them all (judging 3.1)."""
         accumulator, dtype = self.profile.accumulator, self.call.arrays["q"].dtype.name
-        sizes = [bounds.magnitude(operand, accumulator, dtype) for operand in (q, k)]
-        return [*oracle.head_sums(q, k, weights, abs(weights)), *oracle.head_sums(*sizes, abs(weights))]
+        q_size, k_size = (bounds.magnitude(operand, accumulator, dtype) for operand in (q, k))
+        # The ReLU leaves sums of magnitudes as they are, so the heads can be summed before the product with the keys.
+        products = np.matmul(abs(weights)[:, None, :], q_size)[:, 0, :] @ k_size.T
+        return [*oracle.head_sums(q, k, weights, abs(weights)), products]
 
     def _bound(self, row: int, scores: Float64, weighted: Float64, products: Float64) -> Float64:
         _, heads, dim = self.call.arrays["q"].shape

@@ -47,7 +47,7 @@ def head_sums(q: Float64, k: Float64, *weights: Float64) -> list[Float64]:
     """[T, n] for each weights [T, H]: sum_h weights[t,h] * relu(q[t,h,:] . k[n,:])."""
     dots = (q.reshape(-1, q.shape[2]) @ k.T).reshape(q.shape[0], q.shape[1], len(k))
     np.maximum(dots, 0, out=dots)
-    return [np.matmul(of_heads[:, None, :], dots)[:, 0, :] for of_heads in weights]
+    return [*np.matmul(np.stack(weights, axis=1), dots).swapaxes(0, 1)]
 
 
 def index_keys(call: Call, request: int, positions: Int64) -> tuple[Float64, Float64]:

@@ -113,7 +113,8 @@ _ALL = (
 # Cases of one hazard each, for what those leave alive.
 _REST = (
     *(f"{HEADLINE}-prefill-{name}" for name in ("ragged", "lattice", "cancel", "range", "not-causal", "codes-scores")),
-    *(f"{HEADLINE}-prefill-{name}" for name in ("visible-nan", "planar", "interleaved", "topk1", "topk512", "dim64")),
+    *(f"{HEADLINE}-prefill-{name}" for name in ("visible-nan", "visible-inf", "planar", "interleaved")),
+    *(f"{HEADLINE}-prefill-{name}" for name in ("topk1", "topk512", "dim64")),
     "index-bf16-f32-prefill-lattice",
     f"{HEADLINE}-decode-long",
     *(f"attend-bf16-prefill-{name}" for name in ("repeated", "topk-length")),

@@ -244,6 +244,13 @@ FAULTS: tuple[Fault, ...] = (
     # They lie behind the row's end, up to the end of its tile.
     Fault("I120", "scores of an earlier call compete", RANKED, "np.nan_to_num(np.append(found, left.get('scores', np.empty(0, np.float32))[: -len(found) % 128]), nan=-np.inf)", "vllm#40018",
           more=(REMEMBERS, (SELECT, SELECT.replace("topk", "min(topk, len(found))")), ("found[chosen]", "np.append(found, np.full(128, -np.inf, np.float32))[chosen]; left['row'] = found"), (RETURN, f"left['scores'] = left.get('row', scores[:0, 0]); {RETURN}"))),
+    # --- infinity as a mark: scores of visible keys may be -inf ---
+    Fault("I121", "visible scores of -inf taken for pads", SORT, "np.sort(best[~(found[best] == -np.inf)])", "sentinel of DeepGEMM's and Ascend's masks"),
+    # --- of ten by hand, of kinds that stand nowhere above: those that core-2026.12 killed as it was ---
+    Fault("I122", "threshold of the row before hides what lies below it", RANKED, f"np.where(found < left.get('threshold', -np.inf), -np.inf, {RANKED})",
+          more=(REMEMBERS, (WRITE, f"{WRITE}; left['threshold'] = found[chosen].min(initial=np.inf) if len(chosen) == topk else -np.inf"))),
+    Fault("I123", "64 pages of a request are looked up, then the first again", PAGE, PAGE.replace("page_size", "page_size % 64")),
+    Fault("I126", "last row of a tile of 16 has the weights of the row before", W_ROW, W_ROW.replace("[row]", "[row - (row - first) % 16 // 15]")),
 )
 # fmt: on
 

@@ -332,5 +332,10 @@ FAULTS: tuple[Fault, ...] = (
     # --- what an earlier call has left ---
     Fault("A118", "row-to-request map of an earlier call of the same shapes", BATCH, BATCH.replace("call.batch", 'remembered(left, call, "cu_seqlens_q")'), "TensorRT-LLM#17240, TensorRT-LLM#16925", more=(REMEMBERS,)),
     Fault("A119", "lengths of an earlier call of the same shapes", BATCH, BATCH.replace("call.batch", 'remembered(left, call, "seqlens_k")'), "aprender#2030, tokenspeed#348", more=(REMEMBERS, IN_TABLE, IN_MEMORY)),
+
+    # --- of ten by hand, as in lightning_index.py ---
+    Fault("A120", "q times softmax_scale rounded to the dtype of q", SCALE, "1", more=((Q, 'q = (call.arrays["q"][row].astype(np.float32) * np.float32(options["softmax_scale"])).astype(dtype)'),)),
+    Fault("A122", "lse of a request's only row not written", RETURN, f"lses[[int(i) for i, j in zip(batch['cu_seqlens_q'], batch['cu_seqlens_q'][1:]) if j - i == 1]] = np.nan; {RETURN}"),
+    Fault("A124", "keys with less than a ten-thousandth of the largest share skipped", P, P.replace("shares", "np.where(shares < 1e-4, 0, shares)")),
 )
 # fmt: on
