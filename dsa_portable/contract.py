@@ -7,7 +7,7 @@ default, meaning, and the features that it brings; see operators/.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache
 from numbers import Real
@@ -60,6 +60,24 @@ Capabilities: TypeAlias = Mapping[str, Mapping[str, Container[Any] | PerPhase]]
 
 
 @dataclass(frozen=True)
+class Values:
+    """Which values a feature can have in any call, and how they are called."""
+
+    hold: Callable[[Any], bool]
+    words: str
+
+
+FLAG = Values(lambda value: value is True, "True alone")
+COUNTS = Values(lambda value: type(value) is int and value >= 1, "whole numbers from 1 on")
+
+
+def names(known: Iterable[str]) -> Values:
+    """The values are these names."""
+    found = tuple(known)
+    return Values(lambda value: isinstance(value, str) and value in found, ", ".join(found))
+
+
+@dataclass(frozen=True)
 class Feature:
     """One thing a call can ask for: `required` holds the values that a claim cannot do without (one of each set is enough)."""
 
@@ -70,6 +88,7 @@ class Feature:
     in_call: bool = True  # False: it lies in the data, where only the suite can see it
     instead: str = ""  # a feature that a claim may have in its place
     implied: tuple[Any, ...] = ()  # what is offered where a declaration does not name it
+    values: Values = FLAG
 
     def offered(self, capabilities: Capabilities, operator: str, phase: str) -> Container[Any]:
         """The values that a backend offers of it."""

@@ -57,15 +57,11 @@ def test_every_two_values_that_can_stand_together_meet(key: Key) -> None:
     assert not lacking(key, core + points(FULL, key), 2, possibly(key, False))
 
 
-# Of about 2,500 each: pairs that meet at another geometry alone, which the next draw brings home.
-ELSEWHERE = (13, 7, 8, 2)
-
-
-@pytest.mark.parametrize(("key", "elsewhere"), [*zip(PAIRS, ELSEWHERE, strict=True)])
-def test_those_of_one_geometry_meet_there(key: Key, elsewhere: int) -> None:
-    """A backend that offers one alternative of each required feature, the usual one, loses hardly a pair of the others."""
+@pytest.mark.parametrize("key", PAIRS)
+def test_those_of_one_geometry_meet_there(key: Key) -> None:
+    """A backend that offers one alternative of each required feature, the usual one, loses no pair of the others."""
     rows = [row for row in points(CORE, key) if at_base(key[0], key[2], row)]
-    assert len(lacking(key, rows, 2, possibly(key, True, base=True))) == elsewhere
+    assert not lacking(key, rows, 2, possibly(key, True, base=True))
 
 
 @pytest.mark.parametrize("key", KEYS)

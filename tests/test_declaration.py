@@ -16,7 +16,7 @@ from dsa_portable.conformance.cases.catalogue import CASES, LISTS
 from dsa_portable.conformance.execute import declaration, recording
 from dsa_portable.conformance.execute.declaration import DeclarationError, subject_of
 from dsa_portable.conformance.execute.recording import Subject
-from dsa_portable.contract import ANY
+from dsa_portable.contract import ANY, YES, PerPhase
 from dsa_portable.errors import BackendExited
 from dsa_portable.profile import Accumulator, Profile
 
@@ -76,6 +76,27 @@ def test_a_device_of_no_meaning(field: str, value: Any, accepted: str) -> None:
     ],
 )
 def test_capabilities_of_no_meaning(declared: Any, sentence: str) -> None:
+    with pytest.raises(DeclarationError, match=re.escape(sentence)):
+        subject(replace(CPU, capabilities=lambda device: declared))
+
+
+@pytest.mark.parametrize(
+    ("operator", "name", "values", "wrong", "accepted"),
+    [
+        ("lightning_index", "format", ("e4m3",), "'e4m3'", "e4m3/f32/f32, e4m3/f32/f16, "),
+        ("lightning_index", "format", ("e4m3/f32/-",), "'e4m3/f32/-'", "e4m3/f32/f32, e4m3/f32/f16, "),
+        ("lightning_index", "heads", (64, "32"), "'32'", "whole numbers from 1 on"),
+        ("lightning_index", "topk", range(10**12), "0", "whole numbers from 1 on"),
+        ("lightning_index", "page_size", (64, None), "None", "whole numbers from 1 on"),
+        ("lightning_index", "k_layout", ("planar",), "'planar'", "idx_fp8_132_planar, idx_fp8_132_interleaved can"),
+        ("lightning_index", "key_range", PerPhase(YES, (False,)), "False", "True alone"),
+        ("sparse_attend", "dims", ("576",), "'576'", "two widths, as '576/512'"),
+        ("sparse_attend", "format", ("idx_fp8_132_planar",), "'idx_fp8_132_planar'", "f32, "),
+    ],
+)
+def test_a_value_that_no_call_can_have(operator: str, name: str, values: Any, wrong: str, accepted: str) -> None:
+    declared = {**CPU.capabilities(None), operator: {**CPU.capabilities(None)[operator], name: values}}
+    sentence = f"offers {name} = {wrong} for {operator}, which no call can have, but {accepted}"
     with pytest.raises(DeclarationError, match=re.escape(sentence)):
         subject(replace(CPU, capabilities=lambda device: declared))
 

@@ -117,6 +117,9 @@ class IndexCase(SingleCall):
         if self.negative:
             weights = -weights
         keys, scales = self._keys(name, content, drawn, storage)
+        if operand == "int8" and self.point and not content.exact:
+            for numbers in (q, *keys):
+                numbers[::4, ..., 0] = values.LOWEST_INT8
         if self.visible_nan:
             # Row 0 carries a NaN itself; position 1 of the last request is a NaN key that only its own rows see.
             weights[0, 0] = np.nan

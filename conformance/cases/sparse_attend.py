@@ -98,7 +98,10 @@ class AttendCase(SingleCall):
         arrays = {"q": queries, "kv": self._kv(name, storage, indices, length, barred, spoilt), "indices": indices}
         if self.sink:
             near = SINKS_NEAR.get(self.logits, 0.0) if self.sinks_near else 0.0
-            arrays["attn_sink"] = (np.array(SINKS, np.float32) + np.float32(near))[np.arange(self.heads) % len(SINKS)]
+            head = np.arange(self.heads)
+            # No two tiles of 8, 16 or 64 heads have the same sinks; the cases of the first lists stay as they are.
+            turns = head + (head // 8 + head // 64 if self.point else 0)
+            arrays["attn_sink"] = (np.array(SINKS, np.float32) + np.float32(near))[turns % len(SINKS)]
         if self.topk_length:
             arrays["topk_length"] = length.astype(np.int32)
         if self.around.garbage:
@@ -269,6 +272,8 @@ class AttendCase(SingleCall):
         if not self.exact:
             latent, rope = latent * (0.25 if small else 1.0), rope * 2.0**-7
             scale = values.scales(f"{name}/scale", tiles, layout.power_of_two) * (2.0**-3 if small else 2.0**-5)
+            if small and self.point:
+                latent[::4, 0] = values.LOWEST_INT8
         parts = (values.cast(latent, layout.value_dtype.name), scale.astype(np.float32), values.cast(rope, "bfloat16"))
         return [self._scatter(part, used, keys) for part in parts]
 

@@ -14,6 +14,9 @@ from dsa_portable.arrays import NUMPY_DTYPES
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
+# The code that has no negative, and that no symmetric quantiser makes: legal in a cache all the same.
+LOWEST_INT8 = -128
+
 
 def words(name: str, count: int) -> Array:
     """uint64 [count], the Philox-4x64 words whose key is the first 128 bits of sha256(name)."""

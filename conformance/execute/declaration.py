@@ -143,6 +143,11 @@ def _ask(backend: Backend, what: str, ask: Callable[[], Any]) -> Any:
         raise DeclarationError(f"backend {backend.name!r}: {what} raised {exc!r}; mend the declaration.") from exc
 
 
+def _each(values: Any) -> Iterable[Any]:
+    """The values of a container; of a range its ends, for there may be a billion between them."""
+    return values[:: max(1, len(values) - 1)] if isinstance(values, range) else values
+
+
 def capabilities(backend: Backend, chip: Device) -> Capabilities:
     """What the backend offers on this device: every name is known, and every value is ANY or some container of values."""
     declared = _ask(backend, "capabilities()", lambda: backend.capabilities(chip))
@@ -167,6 +172,14 @@ def capabilities(backend: Backend, chip: Device) -> Capabilities:
                     f"{who} offers {name} = {values!r} for {operator}, but ANY or a tuple, list, set or range of values is "
                     f"accepted, or a PerPhase of two such; write ({values!r},) for one value."
                 )
+            feature = FEATURES[operator][known.index(name)]
+            every = (value for offered in phases if offered is not ANY for value in _each(offered))
+            for value in every:
+                if not feature.values.hold(value):
+                    raise DeclarationError(
+                        f"{who} offers {name} = {value!r} for {operator}, which no call can have, but {feature.values.words} "
+                        "can be offered; correct it, or leave it out."
+                    )
     return declared
 
 

@@ -125,7 +125,8 @@ _REST = (
 _POINTS = (
     *(f"{HEADLINE}-decode-axes-{n:03}" for n in (5, 7, 27, 35, 53, 55, 66, 160, 161, 164, 271, 286, 327)),
     *(f"{HEADLINE}-prefill-axes-{n:03}" for n in (58, 69, 156)),
-    *(f"attend-bf16-decode-axes-{n:03}" for n in (1, 4, 17, 23, 31, 40, 47, 164)),
+    "index-int8-f16-f16-decode-axes-007",
+    *(f"attend-bf16-decode-axes-{n:03}" for n in (1, 4, 17, 21, 23, 31, 40, 47, 164)),
     *(f"attend-bf16-prefill-axes-{n:03}" for n in (45, 57, 60)),
     *(f"attend-f16-decode-axes-{n:03}" for n in (7, 12)),
     *(f"attend-v32_fp8_656_nsr-decode-axes-{n:03}" for n in (7, 12, 18)),

@@ -246,10 +246,11 @@ FAULTS: tuple[Fault, ...] = (
           more=(REMEMBERS, (SELECT, SELECT.replace("topk", "min(topk, len(found))")), ("found[chosen]", "np.append(found, np.full(128, -np.inf, np.float32))[chosen]; left['row'] = found"), (RETURN, f"left['scores'] = left.get('row', scores[:0, 0]); {RETURN}"))),
     # --- infinity as a mark: scores of visible keys may be -inf ---
     Fault("I121", "visible scores of -inf taken for pads", SORT, "np.sort(best[~(found[best] == -np.inf)])", "sentinel of DeepGEMM's and Ascend's masks"),
-    # --- of ten by hand, of kinds that stand nowhere above: those that core-2026.12 killed as it was ---
+    # --- of ten by hand, of kinds that stand nowhere above: core-2026.12 killed all but I124 and A121 as it was, which changed it ---
     Fault("I122", "threshold of the row before hides what lies below it", RANKED, f"np.where(found < left.get('threshold', -np.inf), -np.inf, {RANKED})",
           more=(REMEMBERS, (WRITE, f"{WRITE}; left['threshold'] = found[chosen].min(initial=np.inf) if len(chosen) == topk else -np.inf"))),
     Fault("I123", "64 pages of a request are looked up, then the first again", PAGE, PAGE.replace("page_size", "page_size % 64")),
+    Fault("I124", "int8 code -128 read as -127", KEYS, f"np.maximum({KEYS}, -127 if k.dtype == np.int8 else -np.inf)"),
     Fault("I126", "last row of a tile of 16 has the weights of the row before", W_ROW, W_ROW.replace("[row]", "[row - (row - first) % 16 // 15]")),
 )
 # fmt: on

@@ -335,6 +335,7 @@ FAULTS: tuple[Fault, ...] = (
 
     # --- of ten by hand, as in lightning_index.py ---
     Fault("A120", "q times softmax_scale rounded to the dtype of q", SCALE, "1", more=((Q, 'q = (call.arrays["q"][row].astype(np.float32) * np.float32(options["softmax_scale"])).astype(dtype)'),)),
+    Fault("A121", "sinks of the first 16 heads repeated", "np.minimum(sink", "np.minimum((sink := sink[np.arange(heads) % 16])"),
     Fault("A122", "lse of a request's only row not written", RETURN, f"lses[[int(i) for i, j in zip(batch['cu_seqlens_q'], batch['cu_seqlens_q'][1:]) if j - i == 1]] = np.nan; {RETURN}"),
     Fault("A124", "keys with less than a ten-thousandth of the largest share skipped", P, P.replace("shares", "np.where(shares < 1e-4, 0, shares)")),
 )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsa_portable.arrays import Array, dtype_name
 from dsa_portable.contract import (
+    COUNTS,
     FLOATS,
     RESERVED,
     SCALED,
@@ -19,16 +20,27 @@ from dsa_portable.contract import (
     check_same_dtype,
     count,
     flag,
+    names,
     option,
     when,
 )
 from dsa_portable.errors import InvalidArgument
-from dsa_portable.formats import layout
+from dsa_portable.formats import LAYOUTS, layout
 
+_INDEX_CACHES = [name for name, cache in LAYOUTS.items() if cache.operator == "lightning_index"]
+# `operand/weights/scale`: keys that need scales have some.
+_SCORED_FORMATS = tuple(
+    f"{SHORT[operand]}/{SHORT[weight]}/{scale}"
+    for operand in (*SCALED, *FLOATS)
+    for weight in FLOATS
+    for scale in (("f32", "f16") if operand in SCALED else ("-",))
+)
 # How keys are stored: features of whatever reads keys.
 STORED = (
     Feature("flat", lambda r: when(r.batch.block_table is None), "keys in one flat array", YES, instead="page_size"),
-    Feature("page_size", lambda r: r.batch.page_size, "paged keys, positions per page", (64, 128), instead="flat"),
+    Feature(
+        "page_size", lambda r: r.batch.page_size, "paged keys, positions per page", (64, 128), instead="flat", values=COUNTS
+    ),
 )
 RAGGED = (Feature("ragged", lambda r: when(r.batch.num_requests > 1), "several requests of unequal lengths", YES),)
 # Which keys a row sees: features of whatever masks.
@@ -53,7 +65,7 @@ def out() -> Any:
 
 def topk() -> Any:
     """How many are selected."""
-    features = (Feature("topk", lambda r: r.topk, "entries per row", (2048,)),)
+    features = (Feature("topk", lambda r: r.topk, "entries per row", (2048,), values=COUNTS),)
     return option("int >= 1", "entries per row of the result", check=count, features=features)
 
 
@@ -83,7 +95,7 @@ def k_layout() -> Any:
                 instead="k_layout",
                 implied=YES,
             ),
-            Feature("k_layout", lambda r: r.k_layout, "packed index caches, by name"),
+            Feature("k_layout", lambda r: r.k_layout, "packed index caches, by name", values=names(_INDEX_CACHES)),
         ),
     )
 
@@ -101,9 +113,14 @@ class Scored(Request):
         dims="Tq H D",
         reserved=RESERVED,
         features=(
-            Feature("format", lambda r: r.format, "operand/weights/scale dtypes; each with a phase is a claim of its own"),
-            Feature("heads", lambda r: r.dims["H"], "index heads", (64, 32)),
-            Feature("head_dim", lambda r: r.dims["D"], "index head dimension", (128,)),
+            Feature(
+                "format",
+                lambda r: r.format,
+                "operand/weights/scale dtypes; each with a phase is a claim of its own",
+                values=names(_SCORED_FORMATS),
+            ),
+            Feature("heads", lambda r: r.dims["H"], "index heads", (64, 32), values=COUNTS),
+            Feature("head_dim", lambda r: r.dims["D"], "index head dimension", (128,), values=COUNTS),
         ),
     )
     k: Array = array(

@@ -9,7 +9,7 @@ from typing import Any
 from dsa_portable import dispatch
 from dsa_portable.arrays import Array, dtype_name
 from dsa_portable.batch import Batch
-from dsa_portable.contract import SHORT, Feature, Request, Result, array
+from dsa_portable.contract import SHORT, Feature, Request, Result, array, names
 from dsa_portable.operators import common
 
 
@@ -26,7 +26,11 @@ class SelectRequest(Request):
         ("float32",),
         "of the positions 0 .. S-1 of the row's own request, S = max_seqlen_k; not read where the row does not see",
         dims="Tq S",
-        features=(Feature("format", lambda r: r.format, "dtype of scores; with a phase it is a claim of its own"),),
+        features=(
+            Feature(
+                "format", lambda r: r.format, "dtype of scores; with a phase it is a claim of its own", values=names(["f32"])
+            ),
+        ),
     )
     topk: int = common.topk()
     batch: Batch = common.batch(*common.RAGGED, *common.SEEN)

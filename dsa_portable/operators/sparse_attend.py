@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -11,20 +12,30 @@ from dsa_portable import dispatch
 from dsa_portable.arrays import Array, dtype_name
 from dsa_portable.batch import Batch
 from dsa_portable.contract import (
+    COUNTS,
     FLOATS,
     SHORT,
     Feature,
     Request,
     Result,
+    Values,
     array,
     check_same_dtype,
     count,
     flag,
+    names,
     option,
     scale,
     when,
 )
+from dsa_portable.formats import LAYOUTS
 from dsa_portable.operators import common
+
+_CACHES = [name for name, cache in LAYOUTS.items() if cache.operator == "sparse_attend"]
+_WIDTHS = Values(
+    lambda value: isinstance(value, str) and re.fullmatch("[1-9][0-9]*/[1-9][0-9]*", value) is not None,
+    "two widths, as '576/512'",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +55,15 @@ class AttendRequest(Request):
         dims="Tq Hq Dqk",
         features=(
             Feature(
-                "format", lambda r: r.format, "dtype of q and kv, or the packed cache; each with a phase is a claim of its own"
+                "format",
+                lambda r: r.format,
+                "dtype of q and kv, or the packed cache; each with a phase is a claim of its own",
+                values=names([*(SHORT[dtype] for dtype in FLOATS), *_CACHES]),
             ),
-            Feature("heads", lambda r: r.dims["Hq"], "query heads", (128, 64, 16)),
-            Feature("dims", lambda r: f"{r.dims['Dqk']}/{r.value_dim}", "Dqk/value_dim", ("576/512", "512/512")),
+            Feature("heads", lambda r: r.dims["Hq"], "query heads", (128, 64, 16), values=COUNTS),
+            Feature(
+                "dims", lambda r: f"{r.dims['Dqk']}/{r.value_dim}", "Dqk/value_dim", ("576/512", "512/512"), values=_WIDTHS
+            ),
         ),
     )
     kv: Array = array(
@@ -62,7 +78,7 @@ class AttendRequest(Request):
         "positions in the row's own request; outside [0, seqlens_k) is skipped",
         dims="Tq topk",
         features=(
-            Feature("topk", lambda r: r.dims["topk"], "entries per row", (2048,)),
+            Feature("topk", lambda r: r.dims["topk"], "entries per row", (2048,), values=COUNTS),
             Feature("repeated_indices", lambda r: None, "an index that appears twice counts twice", in_call=False),
         ),
     )
