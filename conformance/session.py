@@ -13,7 +13,6 @@ from pathlib import Path
 
 from dsa_portable import registry
 from dsa_portable.conformance import lists
-from dsa_portable.conformance.cases.catalogue import CASES
 from dsa_portable.conformance.execute import recording
 from dsa_portable.conformance.execute.chip import Chip
 from dsa_portable.conformance.execute.declaration import subject_of
@@ -61,16 +60,15 @@ def run(
         raise UsageError(f"--timeout-scale is {timeout_scale}, but a positive number is accepted; pass one.")
     list = renamed("run(level=)", "run(list=)", level, list)
     frozen, requested, folder = lists.load(list), registry.requested(backend), Path(out) / write.RECORDINGS
-    wanted, declaration = frozen.matching(cases), registry.load(requested or "cpu")
-    with emulating(declaration, emulate) as emulated, tempfile.TemporaryDirectory(prefix="dsa-portable-") as logs:
-        write.prepare(Path(out))
+    # Found by its name alone: a backend's own code runs in its own process, and nowhere else.
+    wanted, name = frozen.matching(cases), registry.registered(requested or "cpu").name
+    with emulating(emulate) as emulated, tempfile.TemporaryDirectory(prefix="dsa-portable-") as logs:
         judges = Judges(jobs, folder, keep=Path(out) / write.FAILED, logs=Path(logs), say=say)
-        chip = Chip(declaration.name, folder, scale=timeout_scale, log=Path(logs) / "worker.log")
+        chip = Chip(name, folder, frozen.name, scale=timeout_scale, log=Path(logs) / "worker.log")
         with closing(judges), closing(chip):
             subject = subject_of(
-                declaration,
+                name,
                 chip.hello,
-                [CASES[id] for id in frozen.cases],
                 list_name=frozen.name,
                 list_sha256=frozen.sha256,
                 requested=requested or "",
@@ -78,14 +76,16 @@ def run(
                 variables=environment.variables(),
             )
             kept = recording.resume(folder, subject, frozen.cases, again=wanted if cases else ()) if resume else {}
-            write.clear(Path(out), kept)
-            recording.save_subject(folder, subject)
-            session = _Session(subject, wanted, kept, chip, judges, say)
-            say(terminal.header(session.report(command, timeout_scale)))
-            session.run()
-            report = session.report(command, timeout_scale)
-    write.write(report, Path(out))
-    say(terminal.table(report))
+            with write.owned(Path(out)):
+                write.clear(Path(out), kept)
+                recording.save_subject(folder, subject)
+                session = _Session(subject, wanted, kept, chip, judges, say)
+                say(terminal.header(session.report(command, timeout_scale)))
+                session.run()
+                report = session.report(command, timeout_scale)
+                # Said before it is written: a disk that is full loses no verdict.
+                say(terminal.table(report))
+                write.write(report, Path(out))
     return report
 
 

@@ -17,13 +17,11 @@ from functools import partial
 from pathlib import Path
 from traceback import print_exception
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import dsa_portable
-from dsa_portable import registry
-from dsa_portable.contract import PerPhase
+from dsa_portable import asking, registry
 from dsa_portable.errors import BackendError, BackendNotImportable, DSAError, InvalidArgument
-from dsa_portable.operators import FEATURES
 
 FAILED, USAGE, INCOMPLETE, UNAVAILABLE = 1, 2, 3, 4
 
@@ -132,8 +130,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+# A closed terminal, Ctrl-C, and a CI job that is cancelled.
+_ENDS = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGINT", "SIGTERM") if hasattr(signal, name))
+
+
 def _terminated(signum: int, frame: FrameType | None) -> None:
+    # Once: the report is being written then, and a second one would lose it.
+    for end in _ENDS:
+        signal.signal(end, signal.SIG_IGN)
     raise KeyboardInterrupt
+
+
+def _end_with_a_report() -> None:
+    """However the run is ended, it leaves a report of what was done."""
+    for end in _ENDS:
+        if signal.getsignal(end) is not signal.SIG_IGN:  # as nohup wants it
+            signal.signal(end, _terminated)
 
 
 def _conformance(options: argparse.Namespace) -> int:
@@ -146,8 +158,7 @@ def _conformance(options: argparse.Namespace) -> int:
         for case_id in lists.load(options.list).cases:
             print(f"{case_id}\n    {catalogue.CASES[case_id].why} [{', '.join(catalogue.CASES[case_id].hazards)}]")
         return 0
-    # A CI job that is cancelled sends SIGTERM; it leaves a report of what was done, as Ctrl-C does.
-    signal.signal(signal.SIGTERM, _terminated)
+    _end_with_a_report()
     if registry.requested(options.backend) is None:
         print("no backend named (--backend, DSA_BACKEND): this run is of the cpu backend")
     report = importlib.import_module("dsa_portable.conformance").run(
@@ -191,52 +202,15 @@ def _selftest(options: argparse.Namespace) -> int:
 
 
 def _backends(options: argparse.Namespace) -> int:
-    for status in registry.list_backends():
-        backend = status.backend
-        version = f" {backend.version}" if backend else ""
-        print(f"{status.name}{version}: {'available' if status.available else 'unavailable'}")
-        if backend is not None:
-            chosen = "" if backend.auto else "; only by name"
-            print(f"  arrays      {backend.arrays} on {', '.join(backend.devices)}{chosen}; contract {backend.contract}")
-        if status.device is not None:
-            versions = ", ".join(f"{name} {value}" for name, value in status.device.versions.items())
-            print(f"  device      {status.device.count} x {status.device.chip} ({status.device.driver}); {versions}")
-        else:
-            print(f"  reason      {status.reason}")
-            if backend is not None and backend.install not in status.reason:
-                print(f"  cure        {backend.install}")
-        if backend is not None:
-            try:
-                _print_declared(backend.capabilities(status.device))
-            except Exception as exc:  # a plug-in's own code: it must not cost the others their lines
-                print(f"  declares    nothing that can be read ({type(exc).__name__}: {exc}); tell the plug-in's author")
+    for name in registry.names():
+        said = asking.ask(name)
+        print("\n".join(said.lines or (f"{name}: unavailable", f"  reason      {said.problem}")))
     return 0
-
-
-def _print_declared(capabilities: Any) -> None:
-    for operator, features in FEATURES.items():
-        declared = capabilities.get(operator, {})
-        declared = {f.name: f.implied for f in features if declared and f.implied} | dict(declared)
-        offered = [f"{f.name}={_values(declared[f.name])}" for f in features if f.name in declared]
-        missing = [f.name for f in features if f.name not in declared]
-        print(f"  {operator}: {'; '.join(offered) or 'nothing'}{'; not offered: ' + ', '.join(missing) if missing else ''}")
-
-
-def _values(values: Any) -> str:
-    if isinstance(values, PerPhase):
-        return f"decode {_values(values.decode)}, prefill {_values(values.prefill)}"
-    return (
-        "yes"
-        if values == (True,)
-        else ",".join(str(v) for v in values)
-        if isinstance(values, (tuple, list, frozenset))
-        else repr(values)
-    )
 
 
 def _bench(options: argparse.Namespace) -> int:
     run = importlib.import_module("dsa_portable.conformance.bench.run")
-    signal.signal(signal.SIGTERM, _terminated)
+    _end_with_a_report()
     if registry.requested(options.backend) is None:
         print("no backend named (--backend, DSA_BACKEND): this run is of the cpu backend")
     return int(

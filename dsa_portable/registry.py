@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -47,22 +48,28 @@ def names() -> list[str]:
     return sorted({name for name, _ in _entry_points()})
 
 
-@cache
-def load(name: str) -> Backend:
-    """The declaration of this name. Raises UnknownBackend, or BackendNotImportable where its own module fails."""
+def registered(name: str) -> EntryPoint:
+    """Where the declaration of this name lies; nothing is imported. Raises UnknownBackend, BackendNotImportable for two."""
     points = [point for key, point in _entry_points().items() if key[0] == name]
     if not points:
         raise errors.UnknownBackend(f"backend {name!r} is not registered, but {', '.join(names())} are; install or pick one.")
     if len(points) > 1:
         values = " and ".join(p.value for p in points)
         raise errors.BackendNotImportable(f"backend {name!r} is registered as both {values}; uninstall one of the packages.")
-    package = points[0].dist.name if points[0].dist else points[0].module
+    return points[0]
+
+
+@cache
+def load(name: str) -> Backend:
+    """The declaration of this name. Raises as `registered` does, or BackendNotImportable where its own module fails."""
+    point = registered(name)
+    package = point.dist.name if point.dist else point.module
     try:
-        backend = points[0].load()
+        backend = point.load()
     except (Exception, SystemExit) as exc:
         raise errors.BackendNotImportable.because(name, exc, f"pip install --force-reinstall {package}") from exc
     if not isinstance(backend, Backend) or backend.name != name:
-        raise errors.BackendNotImportable(f"{points[0].value} of {package} is no Backend named {name!r}; mend its entry point.")
+        raise errors.BackendNotImportable(f"{point.value} of {package} is no Backend named {name!r}; mend its entry point.")
     (major, _, minor), (ours, _, newest) = backend.contract.partition("."), CONTRACT_VERSION.partition(".")
     if major != ours or not minor.isdecimal() or int(minor) > int(newest):
         what = f"{name!r} was written for contract {backend.contract}, but this is {CONTRACT_VERSION}"
@@ -139,12 +146,24 @@ def _auto(where: str) -> Backend:
     fitting, others = [], ""
     for name in names():
         try:
-            fitting += [b for b in [load(name)] if b.auto and where in b.devices]
+            fitting += [name] if _claims(name, where) else []
         except errors.BackendError as exc:
             others += f" ({exc})"  # what cannot be loaded claims nothing and stops nobody, but explains why nobody is left
     if len(fitting) > 1:
-        claims = " and ".join(b.name for b in fitting)
+        claims = " and ".join(fitting)
         raise errors.InvalidArgument(f"backends {claims} both claim arrays on {where}; name one with backend= or {VARIABLE}.")
     if not fitting:
         raise errors.UnknownBackend(f"none of {', '.join(names())} claims arrays on {where}{others}; name one or move them.")
-    return fitting[0]
+    return load(fitting[0])
+
+
+def _claims(name: str, where: str) -> bool:
+    """Whether a backend takes arrays on the device kind unasked. One that is not ours is asked in another process: nobody named
+    it, so what it does when it is imported must not be done to a caller who may not even want it."""
+    if registered(name).module.startswith(f"{__package__}.backends."):
+        backend = load(name)
+        return backend.auto and where in backend.devices
+    said = import_module(f"{__package__}.asking").ask(name, probe=False)
+    if said.problem:
+        raise errors.BackendNotImportable(said.problem)
+    return said.auto and where in said.devices

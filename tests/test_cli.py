@@ -213,6 +213,23 @@ def test_a_run_without_a_name_is_of_the_cpu_backend_and_says_so(tmp_path: Path) 
     assert (report.backend.requested, report.backend.resolved) == ("", "cpu")
 
 
+@pytest.mark.parametrize(
+    ("misdeed", "reason"),
+    [
+        ("os._exit(0)", "backend 'rude' ended with exit code 0 before it said what it is; tell its authors"),
+        ("os.kill(os.getpid(), 11)", "backend 'rude' was killed by SIGSEGV before it said what it is; tell its authors"),
+        ("sys.exit(0)", "backend 'rude' cannot be imported (SystemExit: 0); run: pip install --force-reinstall rude_backend"),
+    ],
+)
+def test_a_rude_plug_in_costs_the_others_no_line(tmp_path: Path, misdeed: str, reason: str) -> None:
+    plugins.module(tmp_path, "rude", "", misdeed)
+    done = plugins.dsa_portable(tmp_path, "backends")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[lines.index("rude: unavailable") + 1] == f"  reason      {reason}"
+    assert any(re.fullmatch("cpu .*: available", line) for line in lines)
+
+
 def test_backends(tmp_path: Path) -> None:
     plugins.module(tmp_path, "fine", "version='3', auto=False, arrays='torch', devices=('dsp', 'cpu')")
     plugins.module(tmp_path, "sdkless", source=SDK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -25,11 +26,12 @@ INDEX = CPU.capabilities(None)["lightning_index"]
 
 
 def subject(backend: Backend = CPU, **device: Any) -> Subject:
-    """Of the smoke list."""
-    hello = {"device": FOUND | device, "resolved": "cpu", "interpreted": False}
-    cases = [CASES[id] for id in LISTS["smoke"]]
+    """Of the smoke list, as a backend's process tells it."""
+    found, cases = FOUND | device, [CASES[id] for id in LISTS["smoke"]]
+    told = json.loads(json.dumps(recording.as_json(declaration.asked(backend, found, cases))))
+    hello = {"device": found, "resolved": "cpu", "interpreted": False, "declared": told}
     run: dict[str, Any] = {"requested": "", "emulate": None, "variables": {}}
-    return subject_of(backend, hello, cases, list_name="smoke", list_sha256="a" * 64, **run)
+    return subject_of(backend.name, hello, list_name="smoke", list_sha256="a" * 64, **run)
 
 
 def test_what_is_right_is_taken_as_it_is() -> None:
@@ -188,3 +190,20 @@ def test_a_subject_outlives_its_file(tmp_path: Any) -> None:
     assert other.unlike(after) == ["version", "device"]
     (tmp_path / recording.SUBJECT).write_text("{")
     assert recording.load_subject(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "sentence"),
+    [
+        ({"profiles": 3}, "its process told a declaration that cannot be read"),
+        ({"version": 3}, "Backend.version is 3, but one line of text is accepted"),
+        ({"arrays": "jax"}, "Backend.arrays is 'jax', but one of numpy, torch is accepted"),
+        ({"capabilities": {"lightning_index": {"heads": [0]}}}, "offers heads = 0 for lightning_index, which no call can have"),
+        ({"sources": [["sparse_attend", "bf16", "decode", {"pp": "a"}]]}, "by fields of Profile; mend the declaration"),
+        ({"more": 1}, "its process told a declaration that cannot be read"),
+    ],
+)
+def test_what_a_process_tells_is_checked_again(spoilt: dict[str, Any], sentence: str) -> None:
+    told = recording.as_json(declaration.asked(CPU, FOUND, [CASES[id] for id in LISTS["smoke"]]))
+    with pytest.raises(DeclarationError, match=re.escape(sentence)):
+        declaration.told("cpu", told | spoilt)

@@ -25,6 +25,7 @@ from dsa_portable import (
     InvalidArgument,
     UnknownBackend,
     Unsupported,
+    asking,
     index_scores,
     index_select,
     lightning_index,
@@ -68,7 +69,7 @@ Install = Callable[..., str]
 
 
 def forget() -> None:
-    for cached in (registry._entry_points, registry.load, registry.device, registry.operator):
+    for cached in (registry._entry_points, registry.load, registry.device, registry.operator, asking.ask):
         cached.cache_clear()
     importlib.invalidate_caches()
 
@@ -468,3 +469,24 @@ def test_a_backend_does_not_end_the_callers_process(install: Install, body: str,
     with pytest.raises(error, match=re.escape(words)):
         call(backend="gone")
     assert {found.name for found in registry.list_backends()} >= {"gone", "cpu"}
+
+
+# --- what nobody named -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("misdeed", ["import os; os._exit(0)", "import sys; sys.exit(0)", "import os; os.kill(os.getpid(), 9)"])
+def test_a_plug_in_that_nobody_named_does_nothing_to_the_caller(install: Install, misdeed: str) -> None:
+    install("rude", source=misdeed)
+    assert call() == 0, "the automatic choice is asked of it in another process"
+    assert "fake_rude" not in sys.modules
+    said = asking.ask("rude")
+    assert said.problem
+    assert not said.lines or said.lines[0] == "rude: unavailable"
+
+
+def test_one_that_claims_the_arrays_is_chosen_and_only_then_imported(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    install("polite", "fields['auto'], fields['devices'] = True, ('moon',)")
+    assert asking.ask("polite", probe=False) == asking.Said(auto=True, devices=("moon",))
+    assert "fake_polite" not in sys.modules
+    assert registry.select(None, "moon").name == "polite"
+    assert "fake_polite" in sys.modules

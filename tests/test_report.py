@@ -35,7 +35,7 @@ from dsa_portable.conformance.report.schema import (
     verdict_of,
 )
 from dsa_portable.conformance.report.terminal import header, progress, table
-from dsa_portable.conformance.report.write import ReportDirectoryError, prepare, write
+from dsa_portable.conformance.report.write import ReportDirectoryError, owned, write
 from dsa_portable.errors import DSAError
 
 SCHEMA = Path(__file__).parents[1] / "docs" / "report.schema.json"
@@ -649,7 +649,8 @@ def test_summary_of_a_thousand_failures_stays_small_and_says_so() -> None:
 
 def test_write_puts_three_files_and_nothing_else(tmp_path: Path) -> None:
     directory = tmp_path / "a" / "b"
-    prepare(directory)
+    with owned(directory):
+        assert [path.name for path in directory.iterdir()] == [".lock"]
     assert list(directory.iterdir()) == []
     assert {path.name for path in write(mixed(), directory)} == {"report.json", "junit.xml", "summary.md"}
     assert {path.name for path in directory.iterdir()} == {"report.json", "junit.xml", "summary.md"}
@@ -680,7 +681,7 @@ def test_a_write_that_fails_leaves_the_old_report_and_nothing_else(
 @pytest.mark.parametrize("below", ["file", "file/below"])
 def test_a_directory_that_cannot_be_written_is_refused_in_one_sentence(below: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way", "utf-8")
-    for attempt in (prepare, lambda directory: write(report(), directory)):
+    for attempt in (lambda directory: owned(directory).__enter__(), lambda directory: write(report(), directory)):
         with pytest.raises(ReportDirectoryError, match=r"cannot be written \(.+\); name one") as refusal:
             attempt(tmp_path / below)
         assert isinstance(refusal.value, DSAError)

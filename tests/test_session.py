@@ -20,6 +20,7 @@ import pytest
 
 from dsa_portable.conformance import lists
 from dsa_portable.conformance.cases.catalogue import CASES as CASES_BY_ID
+from dsa_portable.conformance.cases.lightning_index import IndexCase
 from dsa_portable.conformance.execute import arrays_file, recording
 from dsa_portable.conformance.judging.again import ASKED_AGAIN
 from dsa_portable.conformance.judging.judge import judge
@@ -101,8 +102,8 @@ def test_a_recording_and_its_subject_are_all_that_a_judge_needs(smoke: Run, fold
     outputs = [{"indices": indices}]
     other = replace(found, outputs_sha256=recording.outputs_sha256(outputs))
     assert judge(CASES_BY_ID[SMALL], with_outputs(other, outputs), subject).rule == "unique"
-    with pytest.raises(ValueError, match=f"the recorded outputs of {SMALL} are not those that were hashed"):
-        judge(CASES_BY_ID[SMALL], with_outputs(found, outputs), subject)
+    spoilt = judge(CASES_BY_ID[SMALL], with_outputs(found, outputs), subject)
+    assert (spoilt.status, spoilt.reason) == (Status.ERROR, f"the recorded outputs of {SMALL} are not those that were hashed")
 
 
 def with_outputs(found: recording.Recording, outputs: list[dict[str, np.ndarray]]) -> recording.Recording:
@@ -344,7 +345,7 @@ attend = sparse_attend
     assert len(list((out / "failed").iterdir())) == 1
     (tmp_path / "kill").touch()
     assert plugins.dsa_portable(tmp_path, *arguments).returncode == -signal.SIGKILL
-    assert {path.name for path in out.iterdir()} == {"recordings", "failed"}
+    assert {path.name for path in out.iterdir()} == {"recordings", "failed", ".lock"}
     assert not list((out / "failed").iterdir())
 
 
@@ -396,7 +397,201 @@ def test_a_backend_that_does_not_start(tmp_path: Path, probe: str, message: str,
     done = plugins.dsa_portable(tmp_path, *words)
     assert done.returncode == 4
     assert re.fullmatch(f"dsa-portable: .*{message}.*\n", done.stderr)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
+
+
+# --- what a backend can do to the run itself -------------------------------------------------------------------------------
+
+SLIPS = {
+    "ends in its import": ("os._exit(0)", "", 4, "could not be started: the backend's process ended with exit code 0"),
+    "exits in its import": ("sys.exit(0)", "", 4, r"cannot be imported \(SystemExit: 0\)"),
+    "ends in its capabilities": ("", "capabilities=lambda *_: os._exit(0)", 4, "process ended with exit code 0"),
+    "ends in a profile": ("", "profile=lambda *_: os._exit(0)", 4, "process ended with exit code 0"),
+    "is killed in its probe": ("", "probe=lambda: os.kill(os.getpid(), 9)", 4, "process was killed by SIGKILL"),
+    "declares nonsense": ("", "capabilities=lambda *_: {'lightning_index': 3}", 2, "has 'lightning_index' -> 3"),
+    "has a version of no meaning": ("", "version=3", 2, "Backend.version is 3, but one line of text is accepted"),
+}
+
+
+@pytest.mark.parametrize("slip", SLIPS)
+def test_a_slip_before_the_first_case_is_one_sentence_and_no_success(tmp_path: Path, slip: str) -> None:
+    source, changes, code, sentence = SLIPS[slip]
+    plugins.module(tmp_path, "slip", changes, source)
+    done = plugins.dsa_portable(tmp_path, "conformance", "--backend", "slip", "--list", "smoke", "--out", "out")
+    assert done.returncode == code, done.stdout + done.stderr
+    assert re.fullmatch(f"dsa-portable: .*{sentence}.*\n", done.stderr), done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_backend_s_code_runs_in_its_own_process_alone(tmp_path: Path) -> None:
+    source = """
+with open(Path(__file__).with_name("who"), "a") as who:
+    who.write(" ".join(sys.orig_argv) + "\\n")
+"""
+    plugins.module(tmp_path, "seen", "", source)
+    conformance(tmp_path, "out", "--backend", "seen", cases=[SMALL])
+    processes = (tmp_path / "who").read_text().splitlines()
+    assert processes
+    assert all("dsa_portable.conformance.execute.worker" in line for line in processes)
+
+
+# Each in one case of one run: a function's body, and what becomes of the case. An honest case comes after each.
+TRICKS = {
+    "a child that comes back too": ("os.fork(); return answer(request)", Status.PASS, ""),
+    "a child that goes on alone": (
+        "if os.fork():\n        os._exit(3)\n    time.sleep(60)",
+        Status.ERROR,
+        "ended with exit code 3",
+    ),
+    "an answer in the suite's name": (
+        'answers(b\'{"case": "x"}\\n\'); return answer(request)',
+        Status.ERROR,
+        "answered what is no answer",
+    ),
+    "a line in between": ("answers(b'42\\n'); return answer(request)", Status.ERROR, "answered what is no answer: '42'"),
+    "another json": ("import json; json.dumps = json.loads = None; return answer(request)", Status.ERROR, "TypeError"),
+    "another clock": ("time.perf_counter = lambda: 'noon'; return answer(request)", Status.ERROR, "TypeError"),
+    "a folder that is gone": (
+        "import shutil; shutil.rmtree(Path.cwd() / 'out' / 'recordings'); return answer(request)",
+        Status.ERROR,
+        "No such file",
+    ),
+}
+TRICKS_SOURCE = """
+import fcntl, stat
+
+def answers(line):
+    for fd in range(3, 30):
+        try:
+            if stat.S_ISFIFO(os.fstat(fd).st_mode) and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY:
+                os.write(fd, line)
+        except OSError:
+            pass
+
+def index(request):
+    calls = Path(__file__).with_name("calls")
+    number = len(calls.read_text()) if calls.exists() else 0
+    calls.write_text("x" * (number + 1))
+    tricky = number % 2 == 0 and number // 2 < len(TRICKS)
+    return TRICKS[number // 2](request, lightning_index) if tricky else lightning_index(request)
+
+attend = sparse_attend
+""" + "".join(f"\ndef trick{i}(request, answer):\n    {body}\n" for i, (body, *_) in enumerate(TRICKS.values()))
+TRICKS_SOURCE += f"\nTRICKS = [{', '.join(f'trick{i}' for i in range(len(TRICKS)))}]\n"
+
+
+def test_a_trick_costs_one_row(tmp_path: Path) -> None:
+    plugins.module(tmp_path, "tricky", "operators=OURS", TRICKS_SOURCE)
+    single = [id for id in lists.load("smoke").cases if id.startswith("index-") and isinstance(CASES_BY_ID[id], IndexCase)]
+    cases = single[: 2 * len(TRICKS)]
+    started = time.monotonic()
+    _, report = conformance(tmp_path, "out", "--backend", "tricky", cases=cases)
+    assert time.monotonic() - started < 90, "what a dead process has left is not waited for"
+    for (name, (_, status, reason)), tricked, other in zip(TRICKS.items(), cases[::2], cases[1::2], strict=True):
+        assert rows(report)[tricked].status is status, (name, rows(report)[tricked].reason)
+        assert reason in rows(report)[tricked].reason
+        assert rows(report)[other].status is Status.PASS, (name, rows(report)[other].reason)
+
+
+def gone(pid: int) -> bool:
+    """Soon."""
+    until = time.monotonic() + 10
+    while alive(pid) and time.monotonic() < until:
+        time.sleep(0.05)
+    return not alive(pid)
+
+
+def test_a_child_that_leaves_the_session_does_not_outlive_the_run(tmp_path: Path) -> None:
+    source = """
+def index(request):
+    child = os.fork()
+    if not child:
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+        Path(__file__).with_name("child").write_text(str(os.getpid()))
+        time.sleep(3600)
+    return lightning_index(request)
+
+attend = sparse_attend
+"""
+    plugins.module(tmp_path, "breeder", "operators=OURS", source)
+    conformance(tmp_path, "out", "--backend", "breeder", cases=[SMALL])
+    assert gone(int((tmp_path / "child").read_text()))
+
+
+HANGS = """
+def index(request):
+    Path(__file__).with_name("pid").write_text(str(os.getpid()))
+    print("hanging", flush=True)
+    Path(__file__).with_name("hangs").touch()
+    time.sleep(3600)
+
+attend = sparse_attend
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGHUP])
+def test_a_run_that_ends_takes_a_hanging_backend_with_it(tmp_path: Path, how: signal.Signals) -> None:
+    plugins.module(tmp_path, "stuck", "operators=OURS", HANGS)
+    process = subprocess.Popen(
+        [plugins.COMMAND, "conformance", "--list", "smoke", "--backend", "stuck", "--out", "out"],
+        cwd=tmp_path,
+        env=plugins.environment(tmp_path),
+        stdout=subprocess.DEVNULL,
+        preexec_fn=plugins.listen,
+    )
+    until = time.monotonic() + 60
+    while not (tmp_path / "hangs").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    process.send_signal(how)
+    assert process.wait(30) == (3 if how is signal.SIGHUP else -signal.SIGKILL)
+    assert gone(int((tmp_path / "pid").read_text()))
+    assert (tmp_path / "out" / "report.json").exists() == (how is signal.SIGHUP)
+
+
+def test_two_runs_in_one_directory(tmp_path: Path) -> None:
+    plugins.module(tmp_path, "stuck", "operators=OURS", HANGS)
+    words = [plugins.COMMAND, "conformance", "--list", "smoke", "--backend", "stuck", "--out", "out"]
+    first = subprocess.Popen(words, cwd=tmp_path, env=plugins.environment(tmp_path), stdout=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 60
+        while not (tmp_path / "hangs").exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        second = plugins.dsa_portable(tmp_path, *words[1:4], "--backend", "cpu", "--out", "out")
+    finally:
+        first.kill()
+        first.wait()
+    assert (second.returncode, second.stdout) == (2, "")
+    assert second.stderr == (
+        "dsa-portable: another run is writing into out; wait until it has ended, or name another directory with --out.\n"
+    )
+    third = plugins.dsa_portable(tmp_path, *words[1:4], "--backend", "cpu", "--out", "out", "--case", SMALL)
+    assert "another run" not in third.stderr, "what a killed run held is free"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no such device")
+def test_a_full_disk_loses_no_verdict(tmp_path: Path) -> None:
+    """The report cannot be written; what was said of it stays, and --resume makes it without asking a case again."""
+    code = "import errno, os, sys\nfrom dsa_portable.conformance.report import write\n"
+    code += "def full(*_):\n    raise OSError(errno.ENOSPC, 'No space left on device')\n"
+    code += "write.os = type('os', (), {**vars(os), 'fsync': full})\nfrom dsa_portable.cli import main\nmain()"
+    words = ("conformance", "--list", "smoke", "--backend", "cpu", "--out", "out", "--case", SMALL)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        cwd=tmp_path,
+        env=plugins.environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert f"INCOMPLETE: {CASES - 1} of {CASES} cases were not run (HARDWARE)" in done.stdout
+    assert re.fullmatch(
+        "dsa-portable: the report directory out cannot be written .No space left on device.; .*--resume.*\n", done.stderr
+    )
+    again = plugins.dsa_portable(tmp_path, *words[:-2], "--resume")
+    assert again.returncode == 0, again.stderr
 
 
 # --- what a run is evidence of ---------------------------------------------------------------------------------------------

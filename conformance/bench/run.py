@@ -19,7 +19,7 @@ from dsa_portable.conformance.bench.timing import Call, Timing, data_sets, in_tu
 from dsa_portable.conformance.bench.workloads import TABLE, Workload, operands
 from dsa_portable.conformance.report import environment
 from dsa_portable.conformance.report.schema import Evidence
-from dsa_portable.conformance.report.write import prepare, write_texts
+from dsa_portable.conformance.report.write import owned, write_texts
 from dsa_portable.errors import InvalidArgument, Unsupported
 from dsa_portable.operators import REQUESTS
 
@@ -88,7 +88,6 @@ class _Run:
     ) -> None:
         self.machine, self.workloads, self.out, self.check, self.curve, self.say = found, workloads, out, check, curve, say
         self.peers, absent = peers.chosen(peers.PEERS, found, peer_names)
-        prepare(out)
         self.ceilings: dict[str, Ceiling] = {}
         self.report: dict[str, Any] = {
             "schema": SCHEMA,
@@ -113,6 +112,10 @@ class _Run:
 
     def run(self) -> int:
         """Everything that was asked for; what an interrupt leaves is written and is INCOMPLETE."""
+        with owned(self.out):
+            return self._run()
+
+    def _run(self) -> int:
         try:
             self._head()
             for w in self.workloads:

@@ -9,6 +9,8 @@ from typing import Any
 
 from dsa_portable import registry
 from dsa_portable.conformance.execute import recording
+from dsa_portable.conformance.execute.declaration import DeclarationError
+from dsa_portable.conformance.execute.emulation import EmulationError
 from dsa_portable.conformance.execute.process import Process, ProcessLost
 from dsa_portable.conformance.execute.recording import Recording
 from dsa_portable.errors import BackendError, DeviceUnavailable
@@ -23,11 +25,14 @@ class Chip:
     """Started at once; `hello` says what was found. Raises BackendError where the backend cannot be started.
 
     `predecessors`: for each case that was asked, the one before it in the same process; empty for the first of a process.
-    `module`: what is run as the backend's process, with its first arguments.
+    `cases`: the list for whose cases the backend declares. `module`: what is run as its process, with its first arguments.
     """
 
-    def __init__(self, backend: str, folder: Path, *, scale: float, log: Path, module: Sequence[str] = (WORKER,)) -> None:
-        self.backend, self.folder, self.scale, self.log, self.module = backend, folder, scale, log, module
+    def __init__(
+        self, backend: str, folder: Path, cases: str, *, scale: float, log: Path, module: Sequence[str] = (WORKER,)
+    ) -> None:
+        self.backend, self.folder, self.cases = backend, folder, cases
+        self.scale, self.log, self.module = scale, log, module
         self.replaced, self.peak_memory = 0, 0
         self.process: Process | None = None
         self.predecessors: dict[str, str] = {}
@@ -41,6 +46,7 @@ class Chip:
             *self.module,
             self.backend,
             str(self.folder),
+            self.cases,
             log=self.log,
             environment={**REUSE, **os.environ, registry.VARIABLE: self.backend},
         )
@@ -54,13 +60,16 @@ class Chip:
             raise
         if "unavailable" in hello:
             self.kill()
-            kinds = {kind.__name__: kind for kind in BackendError.__subclasses__()}
-            raise kinds.get(hello["kind"], BackendError)(hello["unavailable"])
+            kinds = {kind.__name__: kind for kind in (*BackendError.__subclasses__(), DeclarationError, EmulationError)}
+            raise kinds.get(str(hello.get("kind")), BackendError)(str(hello["unavailable"]))
+        if not {"device", "resolved", "interpreted", "declared"} <= hello.keys():
+            self.kill()
+            raise DeviceUnavailable(f"backend {self.backend!r} could not be started: its process did not say what it is.")
         return hello
 
     def afresh(self, folder: Path) -> Chip:
         """The same backend in another process, which leaves its recordings in another folder."""
-        return Chip(self.backend, folder, scale=self.scale, log=self.log, module=self.module)
+        return Chip(self.backend, folder, self.cases, scale=self.scale, log=self.log, module=self.module)
 
     def record(self, case: str) -> Recording:
         """The case's recording, which lies in the folder too.
@@ -78,11 +87,13 @@ class Chip:
         try:
             self.process.answer(CASE_SECONDS * self.scale)
             found = recording.load(self.folder, case)
-            assert found is not None
+            if found is None:
+                raise ProcessLost("it left no recording that can be read")
         except ProcessLost as exc:
             if self.closed:
                 raise
             found = Recording(case, "error", str(exc), folder=self.folder)
+            self.folder.mkdir(parents=True, exist_ok=True)  # a backend may have removed it
             recording.save(self.folder, found)
         self.peak_memory = max(self.peak_memory, found.peak_memory)
         if found.status == "error":

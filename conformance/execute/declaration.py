@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -14,6 +14,7 @@ import dsa_portable
 from dsa_portable.backend import CONTRACT_VERSION, Backend, Device
 from dsa_portable.conformance.cases.catalogue import Case
 from dsa_portable.conformance.cases.relation import PipelineCase
+from dsa_portable.conformance.execute import recording
 from dsa_portable.conformance.execute.recording import Key, Subject
 from dsa_portable.contract import ANY, Capabilities, PerPhase
 from dsa_portable.errors import BackendExited, DSAError, no_exit
@@ -52,6 +53,7 @@ _POSITIVE = (
     lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0,
     "a positive number",
 )
+BACKEND: Mapping[str, Check] = {"version": _LINE, "arrays": _one_of("numpy", "torch"), "contract": _LINE}
 DEVICE: Mapping[str, Check] = {
     "kind": _LINE,
     "chip": (lambda value: value == "" or _line(value), "one line of text"),
@@ -120,10 +122,13 @@ def _checked(who: str, what: str, value: Any, table: Mapping[str, Check]) -> Non
             raise DeclarationError(f"backend {who!r}: {found}, but {accepted} is accepted; mend the declaration.")
 
 
-def device(backend: Backend, found: Mapping[str, Any]) -> Device:
-    """The Device that the probe found, from its fields. Raises DeclarationError."""
-    chip = Device(**found)
-    _checked(backend.name, "Device", chip, DEVICE)
+def device(name: str, found: Any) -> Device:
+    """The Device that a backend's probe found, from its fields. Raises DeclarationError."""
+    try:
+        chip = Device(**found)
+    except TypeError as exc:
+        raise DeclarationError(f"backend {name!r}: its process told a device that cannot be read ({exc}).") from exc
+    _checked(name, "Device", chip, DEVICE)
     return chip
 
 
@@ -148,10 +153,9 @@ def _each(values: Any) -> Iterable[Any]:
     return values[:: max(1, len(values) - 1)] if isinstance(values, range) else values
 
 
-def capabilities(backend: Backend, chip: Device) -> Capabilities:
-    """What the backend offers on this device: every name is known, and every value is ANY or some container of values."""
-    declared = _ask(backend, "capabilities()", lambda: backend.capabilities(chip))
-    who = f"backend {backend.name!r}: capabilities()"
+def _capabilities(name: str, declared: Any) -> Capabilities:
+    """What is offered: every name is known, and every value is ANY or some container of values that a call can have."""
+    who = f"backend {name!r}: capabilities()"
     if not isinstance(declared, Mapping):
         raise DeclarationError(f"{who} returned {declared!r}, but a mapping is accepted; return operator -> feature -> values.")
     for operator, features in declared.items():
@@ -183,69 +187,94 @@ def capabilities(backend: Backend, chip: Device) -> Capabilities:
     return declared
 
 
-def profiles(
-    backend: Backend, chip: Device, offered: Capabilities, asked: Iterable[Key]
-) -> tuple[dict[Key, Profile], dict[Key, Mapping[str, str]]]:
-    """(profile, who says so of its fields) of every asked (operator, format, phase) whose format is offered, asked once."""
-    found: dict[Key, Profile] = {}
-    sources: dict[Key, Mapping[str, str]] = {}
-    for key in dict.fromkeys(asked):
+def _profile(name: str, call: str, profile: Any) -> Profile:
+    """A profile of which every field has a meaning, and none contradicts another."""
+    if not isinstance(profile, Profile):
+        raise DeclarationError(f"backend {name!r}: {call} returned {profile!r}, but a Profile is accepted; return one.")
+    _checked(name, call, profile, PROFILE)
+    _checked(name, f"{call}.accumulator", profile.accumulator, ACCUMULATOR)
+    for which, contradicts, why in CONTRADICTIONS:
+        if contradicts(profile):
+            value = attrgetter(which)(profile)
+            raise DeclarationError(f"backend {name!r}: {call}.{which} is {value!r}, but {why}; mend the declaration.")
+    return profile
+
+
+def _sources(name: str, call: str, said: Any) -> Mapping[str, str]:
+    """Who says so of which field of a profile."""
+    if not _TEXTS[0](said) or not set(said) <= {f.name for f in fields(Profile)}:
+        raise DeclarationError(
+            f"backend {name!r}: {call} returned {said!r}, but {_TEXTS[1]} is accepted, by fields of Profile; mend the "
+            "declaration."
+        )
+    return said  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What a backend says of itself on a device, over the cases of a list: asked once, in its own process."""
+
+    version: str
+    arrays: str
+    contract: str
+    capabilities: Capabilities
+    profiles: Mapping[Key, Profile]
+    sources: Mapping[Key, Mapping[str, str]]  # who says so of a profile's field
+
+
+def asked(backend: Backend, found: Mapping[str, Any], cases: Iterable[Case]) -> Declared:
+    """A backend's declaration for the device that its probe found, a profile for each format that it offers. It runs its code.
+
+    Raises DeclarationError or BackendExited.
+    """
+    chip = device(backend.name, found)
+    offered = _capabilities(backend.name, _ask(backend, "capabilities()", lambda: backend.capabilities(chip)))
+    parts = [part for case in cases for part in ((case.index, case.attend) if isinstance(case, PipelineCase) else (case,))]
+    profiles, sources = dict[Key, Profile](), dict[Key, Mapping[str, str]]()
+    for key in dict.fromkeys((part.operator, part.format, phase) for part in parts for phase in PHASES):
         operator, format, phase = key
         formats = next(feature for feature in FEATURES[operator] if feature.name == "format")
         if format not in formats.offered(offered, operator, phase):
             continue
         call = f"profile{key}"
-        profile = _ask(backend, call, partial(backend.profile, chip, *key))
-        if not isinstance(profile, Profile):
-            raise DeclarationError(
-                f"backend {backend.name!r}: {call} returned {profile!r}, but a Profile is accepted; return one."
-            )
-        _checked(backend.name, call, profile, PROFILE)
-        _checked(backend.name, f"{call}.accumulator", profile.accumulator, ACCUMULATOR)
-        for name, contradicts, why in CONTRADICTIONS:
-            if contradicts(profile):
-                value = attrgetter(name)(profile)
-                raise DeclarationError(
-                    f"backend {backend.name!r}: {call}.{name} is {value!r}, but {why}; mend the declaration."
-                )
-        found[key] = profile
+        profiles[key] = _profile(backend.name, call, _ask(backend, call, partial(backend.profile, chip, *key)))
         if backend.profile_sources is not None:
-            said = _ask(backend, f"profile_sources{key}", partial(backend.profile_sources, chip, *key))
-            names = [f.name for f in fields(Profile)]
-            if not _TEXTS[0](said) or not set(said) <= set(names):
-                raise DeclarationError(
-                    f"backend {backend.name!r}: profile_sources{key} returned {said!r}, but {_TEXTS[1]} is accepted, by "
-                    "fields of Profile; mend the declaration."
-                )
-            sources[key] = said
-    return found, sources
+            call = f"profile_sources{key}"
+            sources[key] = _sources(backend.name, call, _ask(backend, call, partial(backend.profile_sources, chip, *key)))
+    return Declared(backend.version, backend.arrays, backend.contract, offered, profiles, sources)
 
 
-def subject_of(
-    backend: Backend, hello: Mapping[str, Any], cases: Iterable[Case], list_name: str, list_sha256: str, **run: Any
-) -> Subject:
-    """Who answers: what `backend` declares for the device that its process found, over all `cases`; `run` has the other fields.
+def told(name: str, stored: Any) -> Declared:
+    """A declaration as a backend's process told it (recording.as_json), checked anew: nobody vouches for that process.
 
-    Raises DeclarationError or BackendExited.
+    Raises DeclarationError.
     """
-    chip = device(backend, hello["device"])
-    offered = capabilities(backend, chip)
-    parts = [part for case in cases for part in ((case.index, case.attend) if isinstance(case, PipelineCase) else (case,))]
-    asked = [(part.operator, part.format, phase) for part in parts for phase in PHASES]
-    found, sources = profiles(backend, chip, offered, asked)
+    try:
+        found = Declared(**recording.declared_from(stored))
+    except (KeyError, TypeError, ValueError, AttributeError) as exc:
+        raise DeclarationError(f"backend {name!r}: its process told a declaration that cannot be read ({exc!r}).") from exc
+    _checked(name, "Backend", found, BACKEND)
+    _capabilities(name, found.capabilities)
+    for key, profile in found.profiles.items():
+        _profile(name, f"profile{key}", profile)
+    for key, said in found.sources.items():
+        _sources(name, f"profile_sources{key}", said)
+    return found
+
+
+def subject_of(name: str, hello: Mapping[str, Any], list_name: str, list_sha256: str, **run: Any) -> Subject:
+    """Who answers, from what the process of the backend said when it was started; `run` has the other fields.
+
+    Raises DeclarationError.
+    """
     return Subject(
         list_name=list_name,
         list_sha256=list_sha256,
-        backend=backend.name,
-        version=backend.version,
-        resolved=hello["resolved"],
-        arrays=backend.arrays,
-        contract=backend.contract,
-        device=chip,
-        capabilities=offered,
-        profiles=found,
-        sources=sources,
+        backend=name,
+        resolved=str(hello["resolved"]),
+        device=device(name, hello["device"]),
         suite=dsa_portable.__version__,
-        interpreted=hello["interpreted"],
+        interpreted=bool(hello["interpreted"]),
+        **vars(told(name, hello["declared"])),
         **run,
     )

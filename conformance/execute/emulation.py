@@ -18,12 +18,9 @@ class EmulationError(DSAError, ValueError):
 
 
 @contextmanager
-def emulating(backend: Backend, chip: str | None) -> Iterator[str | None]:
-    """Name the chip, else the environment's, to the backend inside the block alone; which it is. Raises EmulationError."""
+def emulating(chip: str | None) -> Iterator[str | None]:
+    """Name the chip, else the environment's, to the backend's process inside the block alone; which it is."""
     chip = chip or os.environ.get(VARIABLE) or None
-    if chip is not None and chip not in backend.emulates:
-        known = ", ".join(backend.emulates) or "none"
-        raise EmulationError(f"backend {backend.name!r} emulates {known}, but --emulate {chip} was passed; name one of them.")
     before = os.environ.get(VARIABLE)
     os.environ.update({} if chip is None else {VARIABLE: chip})
     try:
@@ -31,3 +28,11 @@ def emulating(backend: Backend, chip: str | None) -> Iterator[str | None]:
     finally:
         os.environ.pop(VARIABLE, None)
         os.environ.update({} if before is None else {VARIABLE: before})
+
+
+def check(backend: Backend) -> None:
+    """Raise EmulationError where the chip that was named is none that the backend stands in for; asked in its own process."""
+    chip = os.environ.get(VARIABLE) or None
+    if chip is not None and chip not in backend.emulates:
+        known = ", ".join(backend.emulates) or "none"
+        raise EmulationError(f"backend {backend.name!r} emulates {known}, but --emulate {chip} was passed; name one of them.")

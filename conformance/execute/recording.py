@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -61,16 +63,23 @@ class Recording:
 
     @cached_property
     def outputs(self) -> list[Outputs]:
-        """Call by call, from the file beside the recording. Raises ValueError where they are not those that were hashed."""
+        """Call by call, from the file beside the recording. Raises RecordingError where they are not those that were hashed."""
         found: list[dict[str, np.ndarray[Any, Any]]] = [{} for _ in range(self.calls)]
         if self.calls:
             assert self.folder is not None
-            for name, array in arrays_file.load(self.folder / f"{self.case}.npz").items():
-                call, _, result = name.partition(".")
-                found[int(call)][result] = array
+            try:
+                for name, array in arrays_file.load(self.folder / f"{self.case}.npz").items():
+                    call, _, result = name.partition(".")
+                    found[int(call)][result] = array
+            except Exception as exc:  # a file that a backend's process has spoilt can be anything
+                raise RecordingError(f"the recorded outputs of {self.case} cannot be read ({exc})") from exc
         if self.calls and self.outputs_sha256 != outputs_sha256(found):
-            raise ValueError(f"the recorded outputs of {self.case} are not those that were hashed")
+            raise RecordingError(f"the recorded outputs of {self.case} are not those that were hashed")
         return [*found]
+
+
+class RecordingError(DSAError, ValueError):
+    """A recording's arrays are not those that it speaks of."""
 
 
 def outputs_sha256(outputs: Sequence[Outputs]) -> str:
@@ -98,9 +107,26 @@ def load(folder: Path, case: str) -> Recording | None:
     """The recording of a case; None where there is none, or one that was not written by `save`."""
     try:
         stored = json.loads((folder / f"{case}.json").read_text(encoding="utf-8"))
-        return Recording(**stored | {"changed_inputs": tuple(stored["changed_inputs"]), "folder": folder})
-    except (OSError, ValueError, TypeError, KeyError):
+        found = Recording(**stored | {"changed_inputs": tuple(stored["changed_inputs"]), "folder": folder})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
+    return found if found.case == case and _sound(found) else None
+
+
+def _sound(found: Recording) -> bool:
+    """Whether each field is what it should be: it was written by a process in which a backend can have changed anything."""
+    texts = (found.reason, found.capability, found.inputs_sha256, *found.changed_inputs)
+    seconds = 0.0 if found.seconds is None else found.seconds
+    return (
+        found.status in ("done", "unsupported", "malformed", "error")
+        and all(isinstance(text, str) for text in texts)
+        and isinstance(seconds, float)
+        and 0 <= seconds < math.inf
+        and isinstance(found.reached, bool)
+        and isinstance(found.interpreted, bool)
+        and all(type(count) is int and count >= 0 for count in (found.calls, found.peak_memory))
+        and (found.outputs_sha256 is None or re.fullmatch("[0-9a-f]{64}", found.outputs_sha256) is not None)
+    )
 
 
 class ResumeError(DSAError, ValueError):
@@ -148,17 +174,36 @@ class Subject:
 
     def to_json(self) -> dict[str, Any]:
         """As subject.json has it."""
-        offered = {
-            operator: {name: _listed(values) for name, values in features.items()}
-            for operator, features in self.capabilities.items()
-        }
-        return {f.name: getattr(self, f.name) for f in fields(self)} | {
-            "device": asdict(self.device),
-            "capabilities": offered,
-            "profiles": [[*key, asdict(profile)] for key, profile in self.profiles.items()],
-            "sources": [[*key, dict(found)] for key, found in self.sources.items()],
-            "variables": dict(self.variables),
-        }
+        return as_json(self) | {"device": asdict(self.device), "variables": dict(self.variables)}
+
+
+def as_json(declared: Any) -> dict[str, Any]:
+    """The fields of a declaration, or of what has one among others, as JSON holds them."""
+    offered = {
+        operator: {name: _listed(values) for name, values in features.items()}
+        for operator, features in declared.capabilities.items()
+    }
+    return {f.name: getattr(declared, f.name) for f in fields(declared)} | {
+        "capabilities": offered,
+        "profiles": [[*key, asdict(profile)] for key, profile in declared.profiles.items()],
+        "sources": [[*key, dict(found)] for key, found in declared.sources.items()],
+    }
+
+
+def declared_from(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that `as_json` made into JSON; raises as the things raise that they are made into."""
+    return {
+        **stored,
+        "capabilities": {
+            operator: {name: _offered(values) for name, values in features.items()}
+            for operator, features in stored["capabilities"].items()
+        },
+        "profiles": {
+            (operator, format, phase): Profile(**values | {"accumulator": Accumulator(**values["accumulator"])})
+            for operator, format, phase, values in stored["profiles"]
+        },
+        "sources": {(operator, format, phase): found for operator, format, phase, found in stored["sources"]},
+    }
 
 
 def _listed(values: Any) -> Any:
@@ -166,11 +211,15 @@ def _listed(values: Any) -> Any:
         return {"decode": _listed(values.decode), "prefill": _listed(values.prefill)}
     if values is ANY:
         return "any"
-    return [*values] if isinstance(values, (tuple, list, range)) else sorted(values, key=repr)
+    if isinstance(values, range):  # there may be a billion
+        return {"range": [values.start, values.stop, values.step]}
+    return [*values] if isinstance(values, (tuple, list)) else sorted(values, key=repr)
 
 
 def _offered(listed: Any) -> Any:
     if isinstance(listed, dict):
+        if "range" in listed:
+            return range(*listed["range"])
         return PerPhase(_offered(listed["decode"]), _offered(listed["prefill"]))
     return ANY if listed == "any" else tuple(listed)
 
@@ -184,19 +233,8 @@ def load_subject(folder: Path) -> Subject | None:
     """The subject of a folder; None where there is none, or one that was not written by `save_subject`."""
     try:
         stored = json.loads((folder / SUBJECT).read_text(encoding="utf-8"))
-        profiles = {
-            (operator, format, phase): Profile(**values | {"accumulator": Accumulator(**values["accumulator"])})
-            for operator, format, phase, values in stored["profiles"]
-        }
-        offered = {
-            operator: {name: _offered(values) for name, values in features.items()}
-            for operator, features in stored["capabilities"].items()
-        }
-        sources = {(operator, format, phase): found for operator, format, phase, found in stored["sources"]}
-        return Subject(
-            **stored | {"device": Device(**stored["device"]), "capabilities": offered, "profiles": profiles, "sources": sources}
-        )
-    except (OSError, ValueError, TypeError, KeyError):
+        return Subject(**declared_from(stored) | {"device": Device(**stored["device"])})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
 

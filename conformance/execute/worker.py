@@ -25,12 +25,14 @@ from dsa_portable.arrays import NUMPY_DTYPES, device_name
 from dsa_portable.backend import Backend
 from dsa_portable.batch import ARRAYS as BATCH_ARRAYS
 from dsa_portable.batch import Batch
-from dsa_portable.conformance import hosts
+from dsa_portable.conformance import hosts, lists
 from dsa_portable.conformance.cases.call import Call, Outputs, drive, sha256_of
 from dsa_portable.conformance.cases.catalogue import CASES
 from dsa_portable.conformance.cases.surroundings import STRIDES
-from dsa_portable.conformance.execute import arrays_file, recording
-from dsa_portable.conformance.execute.process import peak_memory
+from dsa_portable.conformance.execute import arrays_file, declaration, emulation, recording
+from dsa_portable.conformance.execute.declaration import DeclarationError
+from dsa_portable.conformance.execute.emulation import EmulationError
+from dsa_portable.conformance.execute.process import end_with_parent, peak_memory
 from dsa_portable.conformance.execute.recording import Recording, outputs_sha256
 from dsa_portable.conformance.hosts import triton
 from dsa_portable.errors import BackendError, Unsupported
@@ -177,27 +179,38 @@ class Worker:
 
 def main() -> None:
     """Serve cases until stdin closes."""
-    name, folder = sys.argv[1], Path(sys.argv[2])
+    end_with_parent()
+    name, folder, ours = sys.argv[1], Path(sys.argv[2]), os.getpid()
+    cases = [CASES[id] for id in lists.load(sys.argv[3]).cases]
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     sys.meta_path.insert(0, NoAnswers())
+    # Kept before a backend's code can put others in their place.
+    as_text, from_text = json.dumps, json.loads
 
-    def answer(message: dict[str, Any]) -> None:
-        answers.write(json.dumps(message) + "\n")
+    def answer(message: dict[str, Any], token: str = "") -> None:
+        if os.getpid() != ours:  # what a backend forked, and did not end, comes back here as well
+            os._exit(0)
+        answers.write(as_text({**message, "token": token}) + "\n")
         answers.flush()
 
     try:
+        if os.environ.get(emulation.VARIABLE):
+            emulation.check(registry.load(name))
         hosts.prepare(name)
         backend, device = registry.load(name), registry.device(name)
         resolved = registry.select(None, device.kind).name
-    except BackendError as exc:
+        found = {**vars(device), "versions": dict(device.versions)}
+        declared = declaration.asked(backend, found, cases)
+    except (BackendError, DeclarationError, EmulationError) as exc:
         answer({"unavailable": str(exc), "kind": type(exc).__name__})
         return
-    found = {**vars(device), "versions": dict(device.versions)}
-    answer({"device": found, "resolved": resolved, "interpreted": triton.requested()})
+    told = {"device": found, "resolved": resolved, "interpreted": triton.requested()}
+    answer({**told, "declared": recording.as_json(declared)})
     worker = Worker(backend, folder)
     for line in sys.stdin:
-        case = json.loads(line)["case"]
+        question = from_text(line)
+        case = question["case"]
         try:
             with np.errstate(all="ignore"):
                 worker.run(case)
@@ -206,7 +219,7 @@ def main() -> None:
         except Exception as exc:
             print(traceback.format_exc(), file=sys.stderr)
             recording.save(folder, Recording(case, "error", f"{type(exc).__name__}: {exc}"))
-        answer({"case": case})
+        answer({"case": case}, question["token"])
 
 
 if __name__ == "__main__":

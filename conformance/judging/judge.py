@@ -14,7 +14,7 @@ import numpy as np
 from dsa_portable.conformance import lists
 from dsa_portable.conformance.cases.call import Call, Outputs, drive, sha256_of
 from dsa_portable.conformance.cases.catalogue import Case
-from dsa_portable.conformance.execute.recording import Recording, Subject
+from dsa_portable.conformance.execute.recording import Recording, RecordingError, Subject
 from dsa_portable.conformance.judging.lightning_index import IndexJudge, IndexReference, ScoresJudge, Truth
 from dsa_portable.conformance.judging.rules import Verdict
 from dsa_portable.conformance.judging.sparse_attend import AttendFacts, AttendJudge, AttendReference
@@ -111,7 +111,10 @@ def judge(case: Case, recording: Recording, subject: Subject) -> CaseResult:
 
 def examine(case: Case, recording: Recording, subject: Subject) -> Judgement:
     """`judge`, and what is worth keeping of a failure."""
-    outputs = recording.outputs
+    try:
+        outputs = recording.outputs
+    except RecordingError as exc:  # the process of a backend can have spoilt the file since it was written
+        return Judgement(row_of(case, subject, status="ERROR", reason=str(exc), seconds=recording.seconds))
     recorded = iter(outputs)
     # The same calls as the backend's process made: where one takes an earlier one's results, they are the recorded ones.
     calls = drive(case.steps(), lambda call: next(recorded, None))

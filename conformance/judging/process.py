@@ -1,7 +1,8 @@
-"""A judge in a process of its own, and several of them: `python -m ... FOLDER KEEP` judges the recordings of a folder.
+"""A judge in a process of its own, and several of them: `python -m ... SUBJECT FOLDER KEEP` judges the recordings of a folder.
 
 It reads a JSON line per case from stdin and answers with the row, or with what is wrong with the suite itself; the arrays of a
-failure go into the folder KEEP. It loads no backend: what it knows of one stands in subject.json.
+failure go into the folder KEEP. It loads no backend: what it knows of one stands in subject.json of the folder SUBJECT, of
+which no backend's process is told.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 from dsa_portable.conformance.cases.catalogue import CASES
 from dsa_portable.conformance.execute import arrays_file, recording
-from dsa_portable.conformance.execute.process import Process, ProcessLost, peak_memory
+from dsa_portable.conformance.execute.process import Process, ProcessLost, end_with_parent, peak_memory
 from dsa_portable.conformance.execute.recording import Recording, Subject
 from dsa_portable.conformance.judging.judge import examine
 from dsa_portable.conformance.report.rows import row_of
@@ -45,13 +46,16 @@ class Judges:
         if jobs is not None and jobs < 1:
             raise JudgeError(f"--jobs is {jobs}, but a number of processes from 1 on is accepted; pass one, or leave it out.")
         self.folder, self.keep, self.logs, self.say = folder, keep, logs, say
-        self.own = threading.local()
+        self.own, self.told = threading.local(), False
         self.processes: list[Process] = []
         self.threads = ThreadPoolExecutor(jobs or cores())
         self.peak_memory = 0
 
     def submit(self, subject: Subject, recorded: Future[Recording]) -> Future[CaseResult]:
         """Judge a recording as soon as it is there. The row, or what its recording raised, or JudgeError."""
+        if not self.told:
+            recording.save_subject(self.logs, subject)
+            self.told = True
         return self.threads.submit(lambda: self._judge(subject, recorded.result()))
 
     def _judge(self, subject: Subject, recorded: Recording) -> CaseResult:
@@ -71,8 +75,8 @@ class Judges:
 
     def _start(self) -> Process:
         module, log = "dsa_portable.conformance.judging.process", self.logs / f"judge{len(self.processes)}.log"
-        environment = {**os.environ, **ONE_THREAD}
-        process = Process("the judge's process", module, str(self.folder), str(self.keep), log=log, environment=environment)
+        environment, folders = {**os.environ, **ONE_THREAD}, (self.logs, self.folder, self.keep)
+        process = Process("the judge's process", module, *map(str, folders), log=log, environment=environment)
         self.processes.append(process)
         self.own.process = process
         return process
@@ -91,23 +95,25 @@ def cores() -> int:
 
 def main() -> None:
     """Serve cases until stdin closes."""
-    folder, keep = Path(sys.argv[1]), Path(sys.argv[2])
-    subject = recording.load_subject(folder)
+    end_with_parent()
+    where, folder, keep = map(Path, sys.argv[1:4])
+    subject = recording.load_subject(where)
+    assert subject is not None
     for line in sys.stdin:
+        question = json.loads(line)
         try:
-            reply = _reply(json.loads(line)["case"], folder, keep, subject)
+            reply = _reply(question["case"], folder, keep, subject)
         except DSAError as exc:
             reply = {"error": str(exc)}
         except Exception as exc:
             print(traceback.format_exc(), file=sys.stderr)
             reply = {"error": f"the judge raised {type(exc).__name__}: {exc}"}
-        print(json.dumps(reply), flush=True)
+        print(json.dumps({**reply, "token": question["token"]}), flush=True)
 
 
-def _reply(case: str, folder: Path, keep: Path, subject: Subject | None) -> dict[str, Any]:
-    found = recording.load(folder, case)
-    assert subject is not None
-    assert found is not None
+def _reply(case: str, folder: Path, keep: Path, subject: Subject) -> dict[str, Any]:
+    # A backend's process can have removed it since.
+    found = recording.load(folder, case) or Recording(case, "error", "its recording can no longer be read")
     judged = examine(CASES[case], found, subject)
     row, note = judged.row, ""
     if judged.arrays:

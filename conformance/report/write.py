@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Mapping
-from contextlib import suppress
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from dsa_portable.conformance.report.junit import junit
 from dsa_portable.conformance.report.markdown import summary
@@ -14,25 +15,63 @@ from dsa_portable.errors import DSAError
 
 # report.json comes last: where it is new, the others are.
 FILES = {"junit.xml": junit, "summary.md": summary, "report.json": to_json}
+# What the run that goes on in a directory holds.
+LOCK = ".lock"
 # The folder of failed cases' arrays, a .npz each.
 FAILED = "failed"
 # The folder of what the backend answered, case by case.
 RECORDINGS = "recordings"
+
+try:
+    import fcntl
+except ImportError:  # where there are no such locks, nobody is kept out
+    fcntl = None  # type: ignore[assignment]
 
 
 class ReportDirectoryError(DSAError, ValueError):
     """The report directory cannot be created or written."""
 
 
-def prepare(directory: Path) -> None:
-    """Create the directory and write and remove a file in it, before hours are spent. Raises ReportDirectoryError."""
-    probe = directory / f".probe.{os.getpid()}.tmp"
+@contextmanager
+def owned(directory: Path) -> Iterator[None]:
+    """The directory, made where it is not there and found writable before hours are spent, for this run alone.
+
+    Raises ReportDirectoryError, where another run is in it too.
+    """
+    mark = directory / LOCK
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"dsa-portable")
-        probe.unlink()
+        file = open(mark, "wb")  # noqa: SIM115 - it is held as long as the run goes on
     except OSError as error:
         raise _unwritable(directory, error) from error
+    with file:
+        if not _locked(file):
+            raise ReportDirectoryError(
+                f"another run is writing into {directory}; wait until it has ended, or name another directory with --out."
+            )
+        try:
+            file.write(b"dsa-portable")
+            file.flush()
+        except OSError as error:
+            with suppress(OSError):
+                mark.unlink()
+            raise _unwritable(directory, error) from error
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                mark.unlink()
+
+
+def _locked(file: BinaryIO) -> bool:
+    """Take the file for this process; it is given back however the process ends."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def clear(directory: Path, kept: Container[str] = ()) -> None:
@@ -79,5 +118,6 @@ def write_texts(directory: Path, named: Mapping[str, str]) -> list[Path]:
 
 def _unwritable(directory: Path, error: OSError) -> ReportDirectoryError:
     return ReportDirectoryError(
-        f"the report directory {directory} cannot be written ({error.strerror or error}); name one that can with --out"
+        f"the report directory {directory} cannot be written ({error.strerror or error}); name one that can with --out, or "
+        "make room: what is in its recordings is kept, and --resume makes the report of it without asking again"
     )

@@ -21,7 +21,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from dsa_portable import registry
 from dsa_portable.conformance import lists
 from dsa_portable.conformance.cases.catalogue import CASES, Case
 from dsa_portable.conformance.cases.relation import PipelineCase, RelationCase
@@ -121,9 +120,8 @@ class Bench:
     def __post_init__(self) -> None:
         self.chip, self.asker = self._chip("honest", (WORKER,)), ThreadPoolExecutor(1)
         self.subject: Subject = subject_of(
-            registry.load(self.backend),
+            self.backend,
             self.chip.hello,
-            [CASES[id] for id in self.cases],
             list_name=self.frozen.name,
             list_sha256=self.frozen.sha256,
             requested=self.backend,
@@ -135,7 +133,8 @@ class Bench:
     def _chip(self, name: str, module: Sequence[str]) -> Chip:
         recordings = self.folder / name / "recordings"
         recordings.mkdir(parents=True)
-        return Chip(self.backend, recordings, scale=self.scale, log=self.folder / f"{name}.log", module=module)
+        log = self.folder / f"{name}.log"
+        return Chip(self.backend, recordings, self.frozen.name, scale=self.scale, log=log, module=module)
 
     def close(self) -> None:
         """End the honest backend, and what it is at."""
