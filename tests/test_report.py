@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -566,25 +567,126 @@ def test_a_backends_message_cannot_forge_any_face() -> None:
 def test_junit_parses_back_with_the_reports_counts() -> None:
     source = mixed()
     root = ElementTree.fromstring(junit(source).encode("utf-8"))
-    assert {k: root.attrib[k] for k in ("tests", "failures", "errors", "skipped")} == {
-        "tests": "8",
-        "failures": "2",
-        "errors": "1",
-        "skipped": "3",
-    }
+    assert [root.attrib[name] for name in ("tests", "failures", "errors")] == ["8", "2", "1"]
     suites = root.findall("testsuite")
+    assert [suites[0].attrib[name] for name in ("tests", "failures", "errors", "skipped")] == ["7", "2", "1", "3"]
     assert [s.attrib["name"] for s in suites] == [
         "HARDWARE: cpu lightning_index e4m3/f32/f32 decode",
         "HARDWARE: cpu sparse_attend bfloat16 prefill",
     ]
     assert [s.attrib["tests"] for s in suites] == ["7", "1"]
     outcomes = {c.attrib["name"]: [child.tag for child in c] for s in suites for c in s.findall("testcase")}
-    tags = {P: [], F: ["failure"], X: ["failure"], E: ["error"], U: ["skipped"], N: ["skipped"], W: ["skipped"]}
+    tags = {P: ["system-out"], F: ["failure"], X: ["failure"], E: ["error"], U: ["skipped"], N: ["skipped"], W: ["skipped"]}
     assert outcomes == {c.id: tags[c.status] for c in source.cases}
     assert [child.attrib["message"] for child in root.iter("skipped")] == [f"{s}: the reason of {s}" for s in (U, N, W)]
     failure = next(root.iter("failure"))
     assert source.cases[1].reproducer in str(failure.text)
     assert "failed/x.npz" in str(failure.text)
+
+
+# --- the dialects of JUnit ---
+
+# The schema of Jenkins's xUnit plug-in, junit-10.xsd, as facts: an element's required attributes, the others, and its children;
+# None for the children of one that holds text.
+JENKINS: dict[str, tuple[str, str, str | None]] = {
+    "testsuites": ("", "name time tests failures errors", "testsuite"),
+    "testsuite": (
+        "name tests failures errors",
+        "group time skipped timestamp hostname id package file log url",
+        "testsuite properties testcase system-out system-err",
+    ),
+    "properties": ("", "", "property"),
+    "property": ("name value", "", ""),
+    "testcase": ("name", "time classname group", "skipped error failure system-out system-err"),
+    **dict.fromkeys(("skipped", "error", "failure"), ("", "type message", None)),
+    **dict.fromkeys(("system-out", "system-err"), ("", "", None)),
+}
+# What Apache Ant's schema (windyroad/JUnit-Schema) says of the same attributes, and in ANT those that it requires.
+ATTRIBUTES = {
+    "timestamp": r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d",
+    "time": r"\d+\.\d+",
+    **dict.fromkeys(("tests", "failures", "errors", "skipped"), r"\d+"),
+    "hostname": r"\S+",
+}
+ANT = {"testsuite": "timestamp hostname time", "testcase": "classname time", "failure": "type", "error": "type"}
+
+
+def breaches(root: ElementTree.Element) -> list[str]:
+    """What stands in the document that one of the two schemas does not allow, or lacks."""
+    found = []
+    for element in root.iter():
+        required, others, children = JENKINS.get(element.tag, ("", "", ""))
+        known, attributes = [*required.split(), *others.split()], element.attrib.items()
+        found += [f"{element.tag} lacks {name}" for name in required.split() if name not in element.attrib]
+        found += [f"{element.tag}/@{name}" for name, _ in attributes if name not in known]
+        found += [f"{name}={text}" for name, text in attributes if not re.fullmatch(ATTRIBUTES.get(name, r"[\s\S]*"), text)]
+        found += [f"{element.tag}/{child.tag}" for child in element if child.tag not in (children or "").split()]
+        found += [f"{element.tag} lacks {name}" for name in ANT.get(element.tag, "").split() if name not in element.attrib]
+        if children is not None and (element.text or "").strip():
+            found.append(f"text in {element.tag}")
+    return found + [
+        "a suite begins without properties" for suite in root if [child.tag for child in suite][:1] != ["properties"]
+    ]
+
+
+def nasty() -> Report:
+    """Every text that a backend can put into a report holds markup and control characters."""
+    statuses = (P, F, E, U, N, W, X)
+    return report([case(i, s, why=NASTY, reason="" if s is P else NASTY, hazards=[NASTY]) for i, s in enumerate(statuses)])
+
+
+@pytest.mark.parametrize("source", [report(), mixed(), report([], granted=False), *(report([], e) for e in OTHERS)])
+def test_junit_is_valid_for_jenkins_and_keeps_ants_rules(source: Report) -> None:
+    assert breaches(ElementTree.fromstring(junit(source))) == []
+
+
+def test_junit_is_valid_whatever_its_texts_hold() -> None:
+    root = ElementTree.fromstring(junit(nasty()))
+    assert breaches(root) == []
+    texts = [str(outcome.text) for outcome in root.iter() if outcome.tag in ("failure", "error", "skipped", "system-out")]
+    assert len(texts) == 7
+    assert all("<b>&" in text and "\\x00" in text for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("path", "attribute", "says"),
+    [
+        (".", "skipped", "testsuites/@skipped"),
+        ("testsuite/testcase", "file", "testcase/@file"),
+        ("testsuite", "timestamp", "timestamp=2026-11-02T08:00:00Z"),
+        ("testsuite", "hostname", "hostname=2026-11-02T08:00:00Z nowhere"),
+        ("testsuite/testcase", None, "testcase/properties"),
+        ("testsuite", None, "testsuite/skipped"),
+    ],
+)
+def test_what_a_dialect_forbids_is_seen(path: str, attribute: str | None, says: str) -> None:
+    root = ElementTree.fromstring(junit(report()))
+    element = root.find(path)
+    assert element is not None
+    if attribute is None:
+        ElementTree.SubElement(element, says.split("/")[1])
+    else:
+        element.set(attribute, says.partition("=")[2] or "1")
+    assert breaches(root) == [says]
+
+
+def test_a_case_that_passed_says_what_it_tried_and_how_to_run_it_again() -> None:
+    source = report()
+    texts = [str(output.text).splitlines() for output in ElementTree.fromstring(junit(source)).iter("system-out")]
+    assert len(texts) == len(source.cases)
+    for row, lines in zip(source.cases, texts, strict=True):
+        assert lines[0] == "status: PASS"
+        assert {f"tests: {row.why}", "hazards: boundary, paging", f"run: {row.reproducer}"} <= {*lines}
+        assert '"margin": 1.5' in "".join(lines)
+
+
+@pytest.mark.parametrize("started", ["2026-11-02T08:00:00Z", "2026-11-02T08:00:00.123456+00:00"])
+def test_the_readers_that_group_by_class_see_the_evidence(started: str) -> None:
+    source = report([case(1)], Evidence.SIMULATED)
+    source = source.model_copy(update={"run": source.run.model_copy(update={"started": started})})
+    (suite,) = ElementTree.fromstring(junit(source)).findall("testsuite")
+    assert suite.attrib["timestamp"] == "2026-11-02T08:00:00"
+    assert all(row.attrib["classname"].startswith("SIMULATED.") for row in suite.findall("testcase"))
 
 
 def test_junit_carries_provenance_in_every_suite() -> None:
