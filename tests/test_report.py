@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from dsa_portable.conformance.report.ctrf import ctrf
 from dsa_portable.conformance.report.junit import junit
 from dsa_portable.conformance.report.markdown import summary
 from dsa_portable.conformance.report.schema import (
@@ -457,7 +458,7 @@ def test_the_first_and_the_last_line_name_the_evidence(face: Callable[[Report], 
 @pytest.mark.parametrize("evidence", OTHERS)
 def test_only_hardware_reads_as_passed(evidence: Evidence) -> None:
     others = report([case(1, N if evidence is Evidence.COMPILE_ONLY else P)], evidence)
-    for face in (table, summary, junit, to_json):
+    for face in (table, summary, junit, ctrf, to_json):
         assert "PASSED" in face(report())
         assert LEVEL in face(report()).replace("\\", "")
         assert "PASSED" not in face(others)
@@ -714,6 +715,112 @@ def test_junit_keeps_cases_that_no_claim_covers() -> None:
     assert [c.attrib["name"] for c in ElementTree.fromstring(junit(source)).iter("testcase")] == [c.id for c in source.cases]
 
 
+# --- CTRF ---
+
+TEXT, NAME, WHOLE, FREE = {"type": "string"}, {"type": "string", "minLength": 1}, {"type": "integer"}, {"type": "object"}
+OUTCOMES = ("passed", "failed", "skipped", "pending", "other")
+
+
+def closed(required: dict[str, Any], optional: dict[str, Any]) -> dict[str, Any]:
+    """An object of these fields and no others."""
+    return {"type": "object", "properties": required | optional, "required": [*required], "additionalProperties": False}
+
+
+# What CTRF 0.0.0 (ctrf-io/ctrf, schema/ctrf.schema.json) says of what we write: no field has a name that it does not know.
+CTRF = closed(
+    {
+        "reportFormat": {"const": "CTRF"},
+        "specVersion": {"const": "0.0.0"},
+        "results": closed(
+            {
+                "tool": closed({"name": NAME}, {"version": TEXT, "extra": FREE}),
+                "summary": closed(
+                    dict.fromkeys(("tests", *OUTCOMES, "start", "stop"), WHOLE), dict.fromkeys(("suites", "duration"), WHOLE)
+                ),
+                "tests": {
+                    "type": "array",
+                    "items": closed(
+                        {"name": NAME, "status": {"enum": [*OUTCOMES]}, "duration": WHOLE},
+                        {
+                            **dict.fromkeys(("message", "trace", "rawStatus", "filePath"), TEXT),
+                            "suite": {"type": "array", "minItems": 1, "items": TEXT},
+                            "tags": {"type": "array", "items": TEXT},
+                            "attachments": {
+                                "type": "array",
+                                "items": closed({"name": TEXT, "contentType": TEXT, "path": TEXT}, {"extra": FREE}),
+                            },
+                            "extra": FREE,
+                        },
+                    ),
+                },
+            },
+            {
+                "environment": closed(
+                    {}, {**dict.fromkeys(("reportName", "appName", "appVersion", "osPlatform", "testEnvironment"), TEXT)}
+                ),
+                "extra": FREE,
+            },
+        ),
+    },
+    {"timestamp": {"type": "string", "pattern": r"^[0-9-]{10}T[0-9:]{8}(\.[0-9]+)?(Z|\+00:00)$"}, "generatedBy": TEXT},
+)
+
+
+def results(source: Report) -> Any:
+    return json.loads(ctrf(source))["results"]
+
+
+@pytest.mark.parametrize(
+    "source", [report(), mixed(), nasty(), report([], granted=False), *(report([], e, device=None) for e in OTHERS)]
+)
+def test_ctrf_is_valid_and_its_summary_counts_its_tests(source: Report) -> None:
+    jsonschema.Draft202012Validator(CTRF).validate(json.loads(ctrf(source)))
+    found = results(source)
+    statuses = [test["status"] for test in found["tests"]]
+    assert found["summary"]["tests"] == len(source.cases)
+    assert {name: found["summary"][name] for name in OUTCOMES} == {name: statuses.count(name) for name in OUTCOMES}
+
+
+def test_ctrf_says_what_became_of_each_case_in_its_words_and_in_ours() -> None:
+    source = mixed()
+    words = {P: "passed", F: "failed", E: "failed", U: "skipped", N: "skipped", W: "skipped", X: "failed"}
+    found = results(source)
+    assert [(test["name"], test["status"], test["rawStatus"], test["duration"]) for test in found["tests"]] == [
+        (row.id, words[row.status], row.status.value, 250) for row in source.cases
+    ]
+    for row, test in zip(source.cases, found["tests"], strict=True):
+        assert test.get("message") == (None if row.status is P else f"{row.status}: {row.reason}")
+        assert ("trace" in test) is (row.status is not P)
+        assert test["extra"]["reproducer"] == row.reproducer
+        assert [kept["path"] for kept in test.get("attachments", [])] == [row.artefact] * (row.status is F)
+    assert source.cases[1].reproducer in found["tests"][1]["trace"]
+    assert found["extra"] == {name: value for name, value in data(source).items() if name != "cases"}
+
+
+@pytest.mark.parametrize("evidence", Evidence)
+def test_ctrf_carries_the_evidence_wherever_a_dashboard_looks(evidence: Evidence) -> None:
+    found = results(report([case(1, N if evidence is Evidence.COMPILE_ONLY else P)], evidence))
+    (test,) = found["tests"]
+    shown = (found["tool"]["name"], *test["suite"], found["environment"]["reportName"], found["environment"]["testEnvironment"])
+    for text in shown:
+        assert [other for other in Evidence if other.value in text] == [evidence]
+
+
+@pytest.mark.parametrize(
+    ("instant", "milliseconds"),
+    [
+        ("1970-01-01T00:00:01Z", 1000),
+        ("2026-11-02T08:03:20.5+00:00", 1793606600500),
+        ("2026-11-02T08:03:20.123456Z", 1793606600123),
+        ("2026-11-02T08:03:20.9999999+00:00", 1793606601000),
+    ],
+)
+def test_ctrf_counts_milliseconds_from_1970(instant: str, milliseconds: int) -> None:
+    source = report()
+    stopped = source.model_copy(update={"run": source.run.model_copy(update={"finished": instant})})
+    assert results(stopped)["summary"]["stop"] == milliseconds
+
+
 def test_summary_says_what_is_claimed_and_what_is_not() -> None:
     granted, failed, simulated = summary(report()), summary(mixed()), summary(report([case(1)], Evidence.SIMULATED))
     assert granted.startswith(f"# HARDWARE: backend cpu-onnxruntime on {CHIP}\n")
@@ -749,14 +856,16 @@ def test_summary_of_a_thousand_failures_stays_small_and_says_so() -> None:
 # --- the files ---
 
 
-def test_write_puts_three_files_and_nothing_else(tmp_path: Path) -> None:
+def test_write_puts_its_files_and_nothing_else(tmp_path: Path) -> None:
     directory = tmp_path / "a" / "b"
     prepare(directory)
     assert list(directory.iterdir()) == []
-    assert {path.name for path in write(mixed(), directory)} == {"report.json", "junit.xml", "summary.md"}
-    assert {path.name for path in directory.iterdir()} == {"report.json", "junit.xml", "summary.md"}
+    files = {"report.json", "junit.xml", "ctrf.json", "summary.md"}
+    assert {path.name for path in write(mixed(), directory)} == files
+    assert {path.name for path in directory.iterdir()} == files
     assert load(directory / "report.json") == mixed()
     assert (directory / "junit.xml").read_text("utf-8") == junit(mixed())
+    assert (directory / "ctrf.json").read_text("utf-8") == ctrf(mixed())
     assert (directory / "summary.md").read_text("utf-8") == summary(mixed())
 
 
