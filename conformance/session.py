@@ -46,7 +46,7 @@ def run(
     command: str = "dsa_portable.conformance.run()",
     level: str | None = None,
 ) -> Report:
-    """Run a frozen list on a backend and write report.json, junit.xml and summary.md into `out`; returns the report.
+    """Run a frozen list on a backend and write report.json, ctrf.json, junit.xml and summary.md into `out`; returns the report.
 
     backend: a name; else use_backend(), DSA_BACKEND, or cpu.  list: by full name (`core-2026.11`), or a family for its newest.
     cases: only these of the list, ids or patterns as in a shell (`index-*-decode-*`); the others are NOT_RUN.

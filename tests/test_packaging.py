@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from importlib.metadata import metadata
 from pathlib import Path
@@ -139,6 +140,7 @@ def test_links_and_paths_lead_somewhere(document: str) -> None:
 def test_every_variable_is_in_the_readme() -> None:
     folders = ("dsa_portable", "backends", "conformance")
     code = "".join(path.read_text(encoding="utf-8") for folder in folders for path in sorted((ROOT / folder).rglob("*.py")))
+    code += "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "ci").glob("*.sh")))
     read = set(re.findall(r"\bDSA_[A-Z]+(?:_[A-Z]+)*\b", code)) | {"TRITON_INTERPRET", "PYTHON"}
     assert sorted(column(README, "variable")) == sorted(read)
 
@@ -231,3 +233,125 @@ def test_a_python_that_is_too_old_or_missing_is_the_harness_s_failure(tmp_path: 
         )
         assert done.returncode == 2
         assert done.stderr == f"{python} is no Python >= 3.10 with the venv module; install one, or name one with PYTHON=.\n"
+
+
+def wheel(folder: Path, name: str, *, metadata: str = "", files: dict[str, str] | None = None) -> Path:
+    """A pure wheel of version 2.0, made without a build tool."""
+    path, info = folder / f"{name}-2.0-py3-none-any.whl", f"{name}-2.0.dist-info"
+    texts = {
+        **{file.replace("INFO", info): text for file, text in (files or {}).items()},
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 2.0\n{metadata}",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    folder.mkdir(exist_ok=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        for file, text in texts.items():
+            archive.writestr(file, text)
+        archive.writestr(f"{info}/RECORD", "".join(f"{file},,\n" for file in [*texts, f"{info}/RECORD"]))
+    return path
+
+
+WHAT_WAS_ASKED = """
+import os, sys
+from importlib.metadata import distributions
+
+def main():
+    print("have", *sorted({found.name for found in distributions()} - {"pip", "setuptools"}))
+    print("given", *sorted(name for name in os.environ if name.startswith("DSA_")), os.environ["DSA_BACKEND"], *sys.argv[1:])
+"""
+BUILD = """
+import os, shutil
+
+def build_editable(folder, *_):
+    (name,) = os.listdir("ready")
+    shutil.copy(f"ready/{name}", folder)
+    return name
+"""
+
+
+def project(root: Path, name: str, *, metadata: str = "", files: dict[str, str] | None = None) -> Path:
+    """A folder that pip can install editable, with no build tool."""
+    root.mkdir(parents=True)
+    (root / "pyproject.toml").write_text('[build-system]\nrequires = []\nbuild-backend = "build"\nbackend-path = ["."]\n')
+    (root / "build.py").write_text(BUILD)
+    wheel(root / "ready", name, metadata=metadata, files=files)
+    return root
+
+
+def lab(folder: Path) -> Path:
+    """A checkout with this one's scripts, of a project that needs `engine`, beside a folder of wheels that has it."""
+    root = project(
+        folder / "checkout",
+        "dsa_portable",
+        metadata="Provides-Extra: cpu\nRequires-Dist: engine>=2; extra == 'cpu'\n",
+        files={"lab.py": WHAT_WAS_ASKED, "INFO/entry_points.txt": "[console_scripts]\ndsa-portable = lab:main\n"},
+    )
+    shutil.copytree(ROOT / "ci", root / "ci")
+    wheel(folder / "wheels", "engine")
+    return root
+
+
+def conformance(root: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", root / "ci" / "conformance.sh", *arguments],
+        cwd=root.parent,
+        env={**os.environ, "PYTHON": sys.executable, "DSA_WHEELS": "wheels", **variables},
+        capture_output=True,
+        text=True,
+    )
+
+
+@needs_bash
+def test_without_an_index_all_comes_from_the_folder_of_wheels_and_the_plug_ins_with_it(tmp_path: Path) -> None:
+    root = lab(tmp_path)
+    for name in ("driver", "tool"):
+        wheel(tmp_path / "wheels", name)
+    wheel(tmp_path / "built", "acme", metadata="Requires-Dist: driver\n")
+    project(tmp_path / "sources" / "probe", "probe")
+    named = {"DSA_BACKEND": "acme", "DSA_PLUGIN": "./built/acme-2.0-py3-none-any.whl sources/probe tool>=1"}
+    first = conformance(root, "--case", "an id", **named)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.splitlines() == [
+        "have acme driver dsa_portable engine probe tool",
+        "given DSA_BACKEND acme conformance --list core --out dsa-report --case an id",
+    ]
+    again = conformance(root, **named)
+    assert (again.returncode, again.stderr) == (0, "")
+    wheel(tmp_path / "built", "acme")  # built anew under its old name, it is installed anew
+    assert conformance(root, **named).stdout.splitlines()[0] == "have acme dsa_portable engine probe tool"
+
+
+@needs_bash
+def test_a_wheel_that_the_folder_lacks_is_named(tmp_path: Path) -> None:
+    root = lab(tmp_path)
+    (tmp_path / "wheels" / "engine-2.0-py3-none-any.whl").unlink()
+    done = conformance(root)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [
+        f"making the environment {root}/.ci-env/conformance",
+        f"DSA_WHEELS=wheels has no wheel of engine>=2 that {sys.executable} can install; add it to the folder.",
+    ]
+    assert not (root / ".ci-env" / "conformance" / "made-from").exists()
+
+
+@needs_bash
+@pytest.mark.parametrize(
+    ("variable", "named", "says"),
+    [
+        (
+            "DSA_WHEELS",
+            "gone",
+            "DSA_WHEELS names gone, which is no folder; name one with the wheels to install from, or unset it.",
+        ),
+        (
+            "DSA_PLUGIN",
+            "torch ./gone[fast]",
+            "DSA_PLUGIN names ./gone, which does not exist; name a wheel, a folder with a pyproject.toml, or a requirement.",
+        ),
+    ],
+)
+def test_what_is_not_there_is_refused_before_anything_is_made(tmp_path: Path, variable: str, named: str, says: str) -> None:
+    root = lab(tmp_path)
+    done = conformance(root, **{variable: named})
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{says}\n")
+    assert not (root / ".ci-env").exists()

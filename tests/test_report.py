@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from dsa_portable.conformance.report.ctrf import ctrf
 from dsa_portable.conformance.report.junit import junit
 from dsa_portable.conformance.report.markdown import summary
 from dsa_portable.conformance.report.schema import (
@@ -456,7 +458,7 @@ def test_the_first_and_the_last_line_name_the_evidence(face: Callable[[Report], 
 @pytest.mark.parametrize("evidence", OTHERS)
 def test_only_hardware_reads_as_passed(evidence: Evidence) -> None:
     others = report([case(1, N if evidence is Evidence.COMPILE_ONLY else P)], evidence)
-    for face in (table, summary, junit, to_json):
+    for face in (table, summary, junit, ctrf, to_json):
         assert "PASSED" in face(report())
         assert LEVEL in face(report()).replace("\\", "")
         assert "PASSED" not in face(others)
@@ -566,25 +568,126 @@ def test_a_backends_message_cannot_forge_any_face() -> None:
 def test_junit_parses_back_with_the_reports_counts() -> None:
     source = mixed()
     root = ElementTree.fromstring(junit(source).encode("utf-8"))
-    assert {k: root.attrib[k] for k in ("tests", "failures", "errors", "skipped")} == {
-        "tests": "8",
-        "failures": "2",
-        "errors": "1",
-        "skipped": "3",
-    }
+    assert [root.attrib[name] for name in ("tests", "failures", "errors")] == ["8", "2", "1"]
     suites = root.findall("testsuite")
+    assert [suites[0].attrib[name] for name in ("tests", "failures", "errors", "skipped")] == ["7", "2", "1", "3"]
     assert [s.attrib["name"] for s in suites] == [
         "HARDWARE: cpu lightning_index e4m3/f32/f32 decode",
         "HARDWARE: cpu sparse_attend bfloat16 prefill",
     ]
     assert [s.attrib["tests"] for s in suites] == ["7", "1"]
     outcomes = {c.attrib["name"]: [child.tag for child in c] for s in suites for c in s.findall("testcase")}
-    tags = {P: [], F: ["failure"], X: ["failure"], E: ["error"], U: ["skipped"], N: ["skipped"], W: ["skipped"]}
+    tags = {P: ["system-out"], F: ["failure"], X: ["failure"], E: ["error"], U: ["skipped"], N: ["skipped"], W: ["skipped"]}
     assert outcomes == {c.id: tags[c.status] for c in source.cases}
     assert [child.attrib["message"] for child in root.iter("skipped")] == [f"{s}: the reason of {s}" for s in (U, N, W)]
     failure = next(root.iter("failure"))
     assert source.cases[1].reproducer in str(failure.text)
     assert "failed/x.npz" in str(failure.text)
+
+
+# --- the dialects of JUnit ---
+
+# The schema of Jenkins's xUnit plug-in, junit-10.xsd, as facts: an element's required attributes, the others, and its children;
+# None for the children of one that holds text.
+JENKINS: dict[str, tuple[str, str, str | None]] = {
+    "testsuites": ("", "name time tests failures errors", "testsuite"),
+    "testsuite": (
+        "name tests failures errors",
+        "group time skipped timestamp hostname id package file log url",
+        "testsuite properties testcase system-out system-err",
+    ),
+    "properties": ("", "", "property"),
+    "property": ("name value", "", ""),
+    "testcase": ("name", "time classname group", "skipped error failure system-out system-err"),
+    **dict.fromkeys(("skipped", "error", "failure"), ("", "type message", None)),
+    **dict.fromkeys(("system-out", "system-err"), ("", "", None)),
+}
+# What Apache Ant's schema (windyroad/JUnit-Schema) says of the same attributes, and in ANT those that it requires.
+ATTRIBUTES = {
+    "timestamp": r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d",
+    "time": r"\d+\.\d+",
+    **dict.fromkeys(("tests", "failures", "errors", "skipped"), r"\d+"),
+    "hostname": r"\S+",
+}
+ANT = {"testsuite": "timestamp hostname time", "testcase": "classname time", "failure": "type", "error": "type"}
+
+
+def breaches(root: ElementTree.Element) -> list[str]:
+    """What stands in the document that one of the two schemas does not allow, or lacks."""
+    found = []
+    for element in root.iter():
+        required, others, children = JENKINS.get(element.tag, ("", "", ""))
+        known, attributes = [*required.split(), *others.split()], element.attrib.items()
+        found += [f"{element.tag} lacks {name}" for name in required.split() if name not in element.attrib]
+        found += [f"{element.tag}/@{name}" for name, _ in attributes if name not in known]
+        found += [f"{name}={text}" for name, text in attributes if not re.fullmatch(ATTRIBUTES.get(name, r"[\s\S]*"), text)]
+        found += [f"{element.tag}/{child.tag}" for child in element if child.tag not in (children or "").split()]
+        found += [f"{element.tag} lacks {name}" for name in ANT.get(element.tag, "").split() if name not in element.attrib]
+        if children is not None and (element.text or "").strip():
+            found.append(f"text in {element.tag}")
+    return found + [
+        "a suite begins without properties" for suite in root if [child.tag for child in suite][:1] != ["properties"]
+    ]
+
+
+def nasty() -> Report:
+    """Every text that a backend can put into a report holds markup and control characters."""
+    statuses = (P, F, E, U, N, W, X)
+    return report([case(i, s, why=NASTY, reason="" if s is P else NASTY, hazards=[NASTY]) for i, s in enumerate(statuses)])
+
+
+@pytest.mark.parametrize("source", [report(), mixed(), report([], granted=False), *(report([], e) for e in OTHERS)])
+def test_junit_is_valid_for_jenkins_and_keeps_ants_rules(source: Report) -> None:
+    assert breaches(ElementTree.fromstring(junit(source))) == []
+
+
+def test_junit_is_valid_whatever_its_texts_hold() -> None:
+    root = ElementTree.fromstring(junit(nasty()))
+    assert breaches(root) == []
+    texts = [str(outcome.text) for outcome in root.iter() if outcome.tag in ("failure", "error", "skipped", "system-out")]
+    assert len(texts) == 7
+    assert all("<b>&" in text and "\\x00" in text for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("path", "attribute", "says"),
+    [
+        (".", "skipped", "testsuites/@skipped"),
+        ("testsuite/testcase", "file", "testcase/@file"),
+        ("testsuite", "timestamp", "timestamp=2026-11-02T08:00:00Z"),
+        ("testsuite", "hostname", "hostname=2026-11-02T08:00:00Z nowhere"),
+        ("testsuite/testcase", None, "testcase/properties"),
+        ("testsuite", None, "testsuite/skipped"),
+    ],
+)
+def test_what_a_dialect_forbids_is_seen(path: str, attribute: str | None, says: str) -> None:
+    root = ElementTree.fromstring(junit(report()))
+    element = root.find(path)
+    assert element is not None
+    if attribute is None:
+        ElementTree.SubElement(element, says.split("/")[1])
+    else:
+        element.set(attribute, says.partition("=")[2] or "1")
+    assert breaches(root) == [says]
+
+
+def test_a_case_that_passed_says_what_it_tried_and_how_to_run_it_again() -> None:
+    source = report()
+    texts = [str(output.text).splitlines() for output in ElementTree.fromstring(junit(source)).iter("system-out")]
+    assert len(texts) == len(source.cases)
+    for row, lines in zip(source.cases, texts, strict=True):
+        assert lines[0] == "status: PASS"
+        assert {f"tests: {row.why}", "hazards: boundary, paging", f"run: {row.reproducer}"} <= {*lines}
+        assert '"margin": 1.5' in "".join(lines)
+
+
+@pytest.mark.parametrize("started", ["2026-11-02T08:00:00Z", "2026-11-02T08:00:00.123456+00:00"])
+def test_the_readers_that_group_by_class_see_the_evidence(started: str) -> None:
+    source = report([case(1)], Evidence.SIMULATED)
+    source = source.model_copy(update={"run": source.run.model_copy(update={"started": started})})
+    (suite,) = ElementTree.fromstring(junit(source)).findall("testsuite")
+    assert suite.attrib["timestamp"] == "2026-11-02T08:00:00"
+    assert all(row.attrib["classname"].startswith("SIMULATED.") for row in suite.findall("testcase"))
 
 
 def test_junit_carries_provenance_in_every_suite() -> None:
@@ -610,6 +713,112 @@ def test_junit_keeps_cases_that_no_claim_covers() -> None:
     source = report(claims=[], level=None, granted=False)
     assert source.claims == []
     assert [c.attrib["name"] for c in ElementTree.fromstring(junit(source)).iter("testcase")] == [c.id for c in source.cases]
+
+
+# --- CTRF ---
+
+TEXT, NAME, WHOLE, FREE = {"type": "string"}, {"type": "string", "minLength": 1}, {"type": "integer"}, {"type": "object"}
+OUTCOMES = ("passed", "failed", "skipped", "pending", "other")
+
+
+def closed(required: dict[str, Any], optional: dict[str, Any]) -> dict[str, Any]:
+    """An object of these fields and no others."""
+    return {"type": "object", "properties": required | optional, "required": [*required], "additionalProperties": False}
+
+
+# What CTRF 0.0.0 (ctrf-io/ctrf, schema/ctrf.schema.json) says of what we write: no field has a name that it does not know.
+CTRF = closed(
+    {
+        "reportFormat": {"const": "CTRF"},
+        "specVersion": {"const": "0.0.0"},
+        "results": closed(
+            {
+                "tool": closed({"name": NAME}, {"version": TEXT, "extra": FREE}),
+                "summary": closed(
+                    dict.fromkeys(("tests", *OUTCOMES, "start", "stop"), WHOLE), dict.fromkeys(("suites", "duration"), WHOLE)
+                ),
+                "tests": {
+                    "type": "array",
+                    "items": closed(
+                        {"name": NAME, "status": {"enum": [*OUTCOMES]}, "duration": WHOLE},
+                        {
+                            **dict.fromkeys(("message", "trace", "rawStatus", "filePath"), TEXT),
+                            "suite": {"type": "array", "minItems": 1, "items": TEXT},
+                            "tags": {"type": "array", "items": TEXT},
+                            "attachments": {
+                                "type": "array",
+                                "items": closed({"name": TEXT, "contentType": TEXT, "path": TEXT}, {"extra": FREE}),
+                            },
+                            "extra": FREE,
+                        },
+                    ),
+                },
+            },
+            {
+                "environment": closed(
+                    {}, {**dict.fromkeys(("reportName", "appName", "appVersion", "osPlatform", "testEnvironment"), TEXT)}
+                ),
+                "extra": FREE,
+            },
+        ),
+    },
+    {"timestamp": {"type": "string", "pattern": r"^[0-9-]{10}T[0-9:]{8}(\.[0-9]+)?(Z|\+00:00)$"}, "generatedBy": TEXT},
+)
+
+
+def results(source: Report) -> Any:
+    return json.loads(ctrf(source))["results"]
+
+
+@pytest.mark.parametrize(
+    "source", [report(), mixed(), nasty(), report([], granted=False), *(report([], e, device=None) for e in OTHERS)]
+)
+def test_ctrf_is_valid_and_its_summary_counts_its_tests(source: Report) -> None:
+    jsonschema.Draft202012Validator(CTRF).validate(json.loads(ctrf(source)))
+    found = results(source)
+    statuses = [test["status"] for test in found["tests"]]
+    assert found["summary"]["tests"] == len(source.cases)
+    assert {name: found["summary"][name] for name in OUTCOMES} == {name: statuses.count(name) for name in OUTCOMES}
+
+
+def test_ctrf_says_what_became_of_each_case_in_its_words_and_in_ours() -> None:
+    source = mixed()
+    words = {P: "passed", F: "failed", E: "failed", U: "skipped", N: "skipped", W: "skipped", X: "failed"}
+    found = results(source)
+    assert [(test["name"], test["status"], test["rawStatus"], test["duration"]) for test in found["tests"]] == [
+        (row.id, words[row.status], row.status.value, 250) for row in source.cases
+    ]
+    for row, test in zip(source.cases, found["tests"], strict=True):
+        assert test.get("message") == (None if row.status is P else f"{row.status}: {row.reason}")
+        assert ("trace" in test) is (row.status is not P)
+        assert test["extra"]["reproducer"] == row.reproducer
+        assert [kept["path"] for kept in test.get("attachments", [])] == [row.artefact] * (row.status is F)
+    assert source.cases[1].reproducer in found["tests"][1]["trace"]
+    assert found["extra"] == {name: value for name, value in data(source).items() if name != "cases"}
+
+
+@pytest.mark.parametrize("evidence", Evidence)
+def test_ctrf_carries_the_evidence_wherever_a_dashboard_looks(evidence: Evidence) -> None:
+    found = results(report([case(1, N if evidence is Evidence.COMPILE_ONLY else P)], evidence))
+    (test,) = found["tests"]
+    shown = (found["tool"]["name"], *test["suite"], found["environment"]["reportName"], found["environment"]["testEnvironment"])
+    for text in shown:
+        assert [other for other in Evidence if other.value in text] == [evidence]
+
+
+@pytest.mark.parametrize(
+    ("instant", "milliseconds"),
+    [
+        ("1970-01-01T00:00:01Z", 1000),
+        ("2026-11-02T08:03:20.5+00:00", 1793606600500),
+        ("2026-11-02T08:03:20.123456Z", 1793606600123),
+        ("2026-11-02T08:03:20.9999999+00:00", 1793606601000),
+    ],
+)
+def test_ctrf_counts_milliseconds_from_1970(instant: str, milliseconds: int) -> None:
+    source = report()
+    stopped = source.model_copy(update={"run": source.run.model_copy(update={"finished": instant})})
+    assert results(stopped)["summary"]["stop"] == milliseconds
 
 
 def test_summary_says_what_is_claimed_and_what_is_not() -> None:
@@ -647,15 +856,17 @@ def test_summary_of_a_thousand_failures_stays_small_and_says_so() -> None:
 # --- the files ---
 
 
-def test_write_puts_three_files_and_nothing_else(tmp_path: Path) -> None:
+def test_write_puts_its_files_and_nothing_else(tmp_path: Path) -> None:
     directory = tmp_path / "a" / "b"
     with owned(directory):
         assert [path.name for path in directory.iterdir()] == [".lock"]
     assert list(directory.iterdir()) == []
-    assert {path.name for path in write(mixed(), directory)} == {"report.json", "junit.xml", "summary.md"}
-    assert {path.name for path in directory.iterdir()} == {"report.json", "junit.xml", "summary.md"}
+    files = {"report.json", "junit.xml", "ctrf.json", "summary.md"}
+    assert {path.name for path in write(mixed(), directory)} == files
+    assert {path.name for path in directory.iterdir()} == files
     assert load(directory / "report.json") == mixed()
     assert (directory / "junit.xml").read_text("utf-8") == junit(mixed())
+    assert (directory / "ctrf.json").read_text("utf-8") == ctrf(mixed())
     assert (directory / "summary.md").read_text("utf-8") == summary(mixed())
 
 

@@ -33,6 +33,7 @@ from tests.plugins import conformance
 HEAD = "index-e4m3-f32-f32"
 SMALL = f"{HEAD}-decode-out"  # milliseconds, in and out
 CASES = len(lists.load("smoke").cases)
+FILES = ("report.json", "junit.xml", "ctrf.json", "summary.md")
 Folder = Callable[[str], Path]
 Run = tuple[subprocess.CompletedProcess[str], Report]
 
@@ -70,7 +71,7 @@ def test_a_whole_run(smoke: Run, folder: Path) -> None:
     assert not report.run.interrupted
     assert not report.run.resumed
     assert min(report.run.peak_memory_bytes.values()) > 10 << 20
-    assert {path.name for path in (folder / "smoke").iterdir()} == {"report.json", "junit.xml", "summary.md", "recordings"}
+    assert {path.name for path in (folder / "smoke").iterdir()} == {*FILES, "recordings"}
 
 
 def test_the_first_and_the_last_line_carry_the_evidence(smoke: Run) -> None:
@@ -340,7 +341,7 @@ attend = sparse_attend
     plugins.module(tmp_path, "killer", "operators=OURS", source)
     arguments = ("conformance", "--backend", "killer", "--list", "smoke", "--case", f"{HEAD}-decode-lengths", "--out", "out")
     assert plugins.dsa_portable(tmp_path, *arguments).returncode == 1
-    out, left = tmp_path / "out", {"report.json", "junit.xml", "summary.md", "recordings", "failed"}
+    out, left = tmp_path / "out", {*FILES, "recordings", "failed"}
     assert {path.name for path in out.iterdir()} == left
     assert len(list((out / "failed").iterdir())) == 1
     (tmp_path / "kill").touch()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable
 
@@ -11,6 +12,25 @@ from dsa_portable.conformance.report.schema import EXECUTED, CaseResult, Claim, 
 def one_line(text: str) -> str:
     """The text on one line; control characters, which a backend's message may carry to the terminal, are escaped."""
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in " ".join(text.split()))
+
+
+def suite_name(report: Report, key: tuple[str, str, str]) -> str:
+    """A claim's cases as a suite: a dashboard may show this name alone, so it carries the evidence class and the backend."""
+    return " ".join([f"{report.evidence}:", report.backend.name, *key])
+
+
+def details(case: CaseResult) -> str:
+    """All that a dashboard's reader needs of a case, a line each."""
+    named = {
+        "status": case.status.value,
+        "tests": case.why,
+        "reason": case.reason,
+        "hazards": ", ".join(case.hazards),
+        "metrics": json.dumps(case.metrics, ensure_ascii=False),
+        "kept": case.artefact or "",
+        "run": case.reproducer,
+    }
+    return "\n".join(f"{name}: {text}" for name, text in named.items() if text)
 
 
 def grouped(cases: Iterable[CaseResult], status: Status) -> list[tuple[str, int]]:

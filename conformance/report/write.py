@@ -1,4 +1,4 @@
-"""A run's three files, each there whole or not at all: written aside, flushed to the disk, then renamed."""
+"""A run's four files, each there whole or not at all: written aside, flushed to the disk, then renamed."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from dsa_portable.conformance.report.ctrf import ctrf
 from dsa_portable.conformance.report.junit import junit
 from dsa_portable.conformance.report.markdown import summary
 from dsa_portable.conformance.report.schema import Report, to_json
 from dsa_portable.errors import DSAError
 
 # report.json comes last: where it is new, the others are.
-FILES = {"junit.xml": junit, "summary.md": summary, "report.json": to_json}
+FILES = {"junit.xml": junit, "ctrf.json": ctrf, "summary.md": summary, "report.json": to_json}
 # What the run that goes on in a directory holds.
 LOCK = ".lock"
 # The folder of failed cases' arrays, a .npz each.
@@ -90,8 +91,8 @@ def clear(directory: Path, kept: Container[str] = ()) -> None:
 
 
 def write(report: Report, directory: Path) -> list[Path]:
-    """Write report.json, junit.xml and summary.md over what a former run left. Raises ReportDirectoryError."""
-    # All three are made before the first is put in place, so that a fault in one face, or a full disk, changes nothing.
+    """Write report.json, junit.xml, ctrf.json and summary.md over what a former run left. Raises ReportDirectoryError."""
+    # All are made before the first is put in place, so that a fault in one face, or a full disk, changes nothing.
     return write_texts(directory, {name: face(report) for name, face in FILES.items()})
 
 
