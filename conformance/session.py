@@ -19,11 +19,14 @@ from dsa_portable.conformance.execute.declaration import subject_of
 from dsa_portable.conformance.execute.emulation import emulating
 from dsa_portable.conformance.execute.process import peak_memory
 from dsa_portable.conformance.execute.recording import Recording, Subject
-from dsa_portable.conformance.judging.again import ask_again
+from dsa_portable.conformance.judging.again import ask_again, outcomes_so_far
 from dsa_portable.conformance.judging.process import Judges
+from dsa_portable.conformance.judging.second import second_pass
 from dsa_portable.conformance.report import environment, terminal, write
 from dsa_portable.conformance.report.build import report_of
-from dsa_portable.conformance.report.schema import CaseResult, Report, Run
+from dsa_portable.conformance.report.evidence import evidence_of
+from dsa_portable.conformance.report.outcomes import FILE, Outcomes
+from dsa_portable.conformance.report.schema import FAILING, CaseResult, Evidence, Report, Run
 from dsa_portable.deprecated import renamed
 from dsa_portable.errors import BackendError, DSAError
 
@@ -75,11 +78,13 @@ def run(
                 emulate=emulated,
                 variables=environment.variables(),
             )
-            kept = recording.resume(folder, subject, frozen.cases, again=wanted if cases else ()) if resume else {}
+            again = wanted if cases else ()
+            kept = recording.resume(folder, subject, frozen.cases, again) if resume else {}
             with write.owned(Path(out)):
-                write.clear(Path(out), kept)
+                outcomes = outcomes_so_far(subject, folder, again, judges) if resume else Outcomes(folder)
+                write.clear(Path(out), {*kept, *([Path(FILE).stem] if resume else [])})
                 recording.save_subject(folder, subject)
-                session = _Session(subject, wanted, kept, chip, judges, say)
+                session = _Session(subject, wanted, kept, chip, judges, outcomes, say)
                 say(terminal.header(session.report(command, timeout_scale)))
                 session.run()
                 report = session.report(command, timeout_scale)
@@ -96,11 +101,13 @@ class _Session:
     kept: Mapping[str, Recording]
     chip: Chip
     judges: Judges
+    outcomes: Outcomes
     say: Callable[[str], None]
     recordings: dict[str, Recording] = field(default_factory=dict)
     rows: dict[str, CaseResult] = field(default_factory=dict)
     interrupted: bool = False
     stopped: str = ""
+    passes: int = 1
 
     def __post_init__(self) -> None:
         self.cases, self.started = lists.load(self.subject.list_name).cases, datetime.now(timezone.utc)
@@ -113,11 +120,16 @@ class _Session:
             judged = {id: self.judges.submit(self.subject, recorded[id]) for id in ids}
             try:
                 for id, row in judged.items():
-                    self.rows[id], self.recordings[id] = row.result(), recorded[id].result()
+                    self.rows[id], self.recordings[id] = self.outcomes.settled(row.result()), recorded[id].result()
                     if id not in self.kept:
                         since = datetime.now(timezone.utc) - self.started
                         self.say(terminal.progress(self.rows[id], len(self.rows), len(ids), since.total_seconds()))
                 ask_again(self.subject, self.rows, self.chip, self.say)
+                # A run that failed has its answer; and what is asked twice is a chip.
+                evidence, _ = evidence_of(self.subject, self.recordings, self.rows)
+                if evidence is Evidence.HARDWARE and not any(row.status in FAILING for row in self.rows.values()):
+                    second_pass(self.subject, self.rows, self.recordings, self.chip, self.judges.keep, self.say)
+                    self.passes = 2
             except BackendError as exc:
                 self.stopped = f"the backend could not be started again: {exc}"
             except KeyboardInterrupt:
@@ -141,6 +153,7 @@ class _Session:
             peak_memory_bytes={"runner": peak_memory(), "worker": self.chip.peak_memory, "judge": self.judges.peak_memory},
             interrupted=self.interrupted,
             resumed=bool(self.kept),
+            passes=self.passes,
             timeout_scale=timeout_scale,
             workers_replaced=self.chip.replaced,
         )

@@ -17,7 +17,7 @@ from typing import Any
 
 from dsa_portable import registry
 from dsa_portable.contract import PerPhase
-from dsa_portable.errors import BackendError
+from dsa_portable.errors import BackendError, BackendNotImportable
 from dsa_portable.operators import FEATURES
 
 # A probe that imports an SDK takes seconds; one that needs more is taken for one that hangs.
@@ -54,6 +54,19 @@ def ask(name: str, probe: bool = True) -> Said:
         code = done.returncode
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         return Said(problem=f"backend {name!r} {how} before it said what it is; tell its authors")
+
+
+def claims(name: str, where: str) -> bool:
+    """Whether a backend takes arrays on the device kind unasked. One that is not ours is asked in another process: nobody named
+    it, so what it does when it is imported must not be done to a caller who may not even want it. Raises BackendNotImportable.
+    """
+    if registry.registered(name).module.startswith(f"{__package__}.backends."):
+        backend = registry.load(name)
+        return backend.auto and where in backend.devices
+    said = ask(name, probe=False)
+    if said.problem:
+        raise BackendNotImportable(said.problem)
+    return said.auto and where in said.devices
 
 
 def described(name: str) -> list[str]:

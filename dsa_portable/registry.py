@@ -143,10 +143,10 @@ def select(argument: str | None, where: str) -> Backend:
 
 
 def _auto(where: str) -> Backend:
-    fitting, others = [], ""
+    fitting, others, claims_where = [], "", import_module(f"{__package__}.asking").claims
     for name in names():
         try:
-            fitting += [name] if _claims(name, where) else []
+            fitting += [name] if claims_where(name, where) else []
         except errors.BackendError as exc:
             others += f" ({exc})"  # what cannot be loaded claims nothing and stops nobody, but explains why nobody is left
     if len(fitting) > 1:
@@ -155,15 +155,3 @@ def _auto(where: str) -> Backend:
     if not fitting:
         raise errors.UnknownBackend(f"none of {', '.join(names())} claims arrays on {where}{others}; name one or move them.")
     return load(fitting[0])
-
-
-def _claims(name: str, where: str) -> bool:
-    """Whether a backend takes arrays on the device kind unasked. One that is not ours is asked in another process: nobody named
-    it, so what it does when it is imported must not be done to a caller who may not even want it."""
-    if registered(name).module.startswith(f"{__package__}.backends."):
-        backend = load(name)
-        return backend.auto and where in backend.devices
-    said = import_module(f"{__package__}.asking").ask(name, probe=False)
-    if said.problem:
-        raise errors.BackendNotImportable(said.problem)
-    return said.auto and where in said.devices

@@ -88,7 +88,7 @@ def test_a_whole_run_has_a_line_and_a_recording_per_case(smoke: Run, folder: Pat
     assert subject is not None
     assert (subject.backend, subject.list_sha256) == ("cpu", smoke[1].list.sha256)
     ids = [row.id for row in smoke[1].cases]
-    files = {f"{id}.{kind}" for id in ids for kind in ("json", "npz")} | {"subject.json"}
+    files = {f"{id}.{kind}" for id in ids for kind in ("json", "npz")} | {"subject.json", "outcomes.jsonl"}
     assert {path.name for path in (folder / "smoke" / "recordings").iterdir()} == files
 
 
@@ -308,8 +308,8 @@ attend = sparse_attend
     assert done.returncode == 3, done.stderr
     said = (tmp_path / "asked.txt").read_text().splitlines()
     asked = [line for line in said if line != "case"]
-    assert len(asked) == len(set(asked)) == 6, "the claims of smoke"
-    assert said.index("case") == len(asked), "what is wrong with a declaration shows before a case is run"
+    assert len(asked) == 2 * len(set(asked)) == 12, "the claims of smoke, in each of two processes"
+    assert said.index("case") == len(set(asked)), "what is wrong with a declaration shows before a case is run"
 
 
 def test_inputs_that_share_memory_with_the_host_are_watched_too(tmp_path: Path) -> None:
@@ -591,8 +591,74 @@ def test_a_full_disk_loses_no_verdict(tmp_path: Path) -> None:
     assert re.fullmatch(
         "dsa-portable: the report directory out cannot be written .No space left on device.; .*--resume.*\n", done.stderr
     )
-    again = plugins.dsa_portable(tmp_path, *words[:-2], "--resume")
-    assert again.returncode == 0, again.stderr
+    again = plugins.dsa_portable(tmp_path, *words, "--resume")
+    assert (again.returncode, again.stderr) == (3, "")
+
+
+# --- what is wrong now and then -------------------------------------------------------------------------------------------
+
+FICKLE = """
+def index(request):
+    mark = Path(__file__).with_name("calls")
+    with open(mark, "a+") as calls:
+        calls.seek(0)
+        number = len(calls.read())
+        calls.write("x")
+    found = lightning_index(request)
+    return np.zeros_like(found) if number in WRONG else found
+
+attend = sparse_attend
+"""
+
+
+def fickle(folder: Path, *wrong: int, changes: str = "") -> None:
+    """A backend that is wrong in these calls, counted over all its processes."""
+    plugins.module(folder, "fickle", f"operators=OURS{changes}", f"WRONG = {wrong}\n{FICKLE}")
+
+
+def test_a_failure_that_passes_when_it_is_asked_again_is_flaky(tmp_path: Path) -> None:
+    """However often it is asked again."""
+    case = f"{HEAD}-decode-lengths"
+    fickle(tmp_path, 0)
+    _, first = conformance(tmp_path, "out", "--backend", "fickle", cases=[case, SMALL])
+    assert [rows(first)[id].status for id in (case, SMALL)] == [Status.FAIL, Status.PASS]
+    for _ in range(2):
+        done, again = conformance(tmp_path, "out", "--backend", "fickle", "--resume", cases=[case])
+        row = rows(again)[case]
+        assert (row.status, done.returncode, again.level) == (Status.FLAKY, 1, None)
+        assert row.attempts[0].status is Status.FAIL
+        assert row.attempts[0].rule == rows(first)[case].rule
+        assert re.match(r"passed at attempt \d, after FAIL: row 0 ", row.reason)
+        assert rows(again)[SMALL].status is Status.PASS
+        assert not rows(again)[SMALL].attempts
+    assert "FLAKY" in done.stdout
+
+
+def test_a_kernel_that_is_wrong_in_the_second_run_alone_fails(tmp_path: Path) -> None:
+    cases = [f"{HEAD}-decode-lengths", SMALL]
+    # The second pass asks the last case first.
+    fickle(tmp_path, 3, changes=", profile=lambda *key: replace(CPU.profile(*key), deterministic=True)")
+    done, report = conformance(tmp_path, "out", "--backend", "fickle", cases=cases)
+    row = rows(report)[cases[0]]
+    assert (row.status, row.rule, done.returncode, report.run.passes) == (Status.FAIL, "agreement", 1, 2)
+    assert row.reason.startswith("deterministic is declared, but a second run of the case")
+    assert rows(report)[SMALL].status is Status.PASS
+
+
+def test_other_bits_are_judged_where_no_determinism_is_declared(tmp_path: Path) -> None:
+    fickle(tmp_path, 3)
+    _, report = conformance(tmp_path, "out", "--backend", "fickle", cases=[f"{HEAD}-decode-lengths", SMALL])
+    row = rows(report)[f"{HEAD}-decode-lengths"]
+    assert (row.status, row.rule) == (Status.FAIL, "tail")
+    assert row.reason.startswith("it passed, and in a second run, in another process and order: row ")
+    assert row.artefact
+
+
+def test_how_often_each_case_ran_stands_in_the_report(smoke: Run) -> None:
+    done, report = smoke
+    assert report.run.passes == 2
+    assert f"second pass: {CASES} cases, last to first, in a new process" in done.stdout
+    assert re.search(r"\d+ cases passed 2 times: wrong at random in one call of \d+,\s+it\s+would", done.stdout)
 
 
 # --- what a run is evidence of ---------------------------------------------------------------------------------------------
@@ -603,7 +669,7 @@ NO_CHIP = "def probe():\n    return replace(CPU.probe(), {})\n"
 @pytest.mark.parametrize(
     ("changes", "source", "arguments", "variables", "evidence", "reason"),
     [
-        ("version='2'", "", (), {}, "HARDWARE", "the probe named chip and driver"),
+        ("version='2'", "", (), {}, "HARDWARE", "its probe named chip and driver"),
         ("witness=None", "", (), {}, "EMULATED", "no work was seen on the chip in 1 of 1 cases"),
         ("witness=lambda: 7", "", (), {}, "EMULATED", "no work was seen on the chip in 1 of 1 cases"),
         (
@@ -616,7 +682,7 @@ NO_CHIP = "def probe():\n    return replace(CPU.probe(), {})\n"
         ),
         ("devices=('cpu',), probe=probe", NO_CHIP.format("driver='unknown'"), (), {}, "EMULATED", "does not name chip and"),
         ("version='2'", "", (), {"TRITON_INTERPRET": "1"}, "SIMULATED", "TRITON_INTERPRET is set"),
-        ("version='2'", "", (), {"TRITON_INTERPRET": "0"}, "HARDWARE", "the probe named chip and driver"),
+        ("version='2'", "", (), {"TRITON_INTERPRET": "0"}, "HARDWARE", "its probe named chip and driver"),
         ("emulates=('chip9',)", "", ("--emulate", "chip9"), {}, "EMULATED", "--emulate chip9"),
         ("emulates=('chip9',)", "", (), {"DSA_EMULATE": "chip9"}, "EMULATED", "--emulate chip9"),
     ],

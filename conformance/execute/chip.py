@@ -26,12 +26,21 @@ class Chip:
 
     `predecessors`: for each case that was asked, the one before it in the same process; empty for the first of a process.
     `cases`: the list for whose cases the backend declares. `module`: what is run as its process, with its first arguments.
+    `stale`: what its stale memory holds, an entry of worker.STALE.
     """
 
     def __init__(
-        self, backend: str, folder: Path, cases: str, *, scale: float, log: Path, module: Sequence[str] = (WORKER,)
+        self,
+        backend: str,
+        folder: Path,
+        cases: str,
+        *,
+        scale: float,
+        log: Path,
+        module: Sequence[str] = (WORKER,),
+        stale: int = 0,
     ) -> None:
-        self.backend, self.folder, self.cases = backend, folder, cases
+        self.backend, self.folder, self.cases, self.stale = backend, folder, cases, stale
         self.scale, self.log, self.module = scale, log, module
         self.replaced, self.peak_memory = 0, 0
         self.process: Process | None = None
@@ -47,6 +56,7 @@ class Chip:
             self.backend,
             str(self.folder),
             self.cases,
+            str(self.stale),
             log=self.log,
             environment={**REUSE, **os.environ, registry.VARIABLE: self.backend},
         )
@@ -67,9 +77,10 @@ class Chip:
             raise DeviceUnavailable(f"backend {self.backend!r} could not be started: its process did not say what it is.")
         return hello
 
-    def afresh(self, folder: Path) -> Chip:
-        """The same backend in another process, which leaves its recordings in another folder."""
-        return Chip(self.backend, folder, self.cases, scale=self.scale, log=self.log, module=self.module)
+    def afresh(self, folder: Path, stale: int = 0) -> Chip:
+        """The same backend in another process, which leaves its recordings in another folder. Raises BackendError."""
+        log = self.log
+        return Chip(self.backend, folder, self.cases, scale=self.scale, log=log, module=self.module, stale=stale)
 
     def record(self, case: str) -> Recording:
         """The case's recording, which lies in the folder too.

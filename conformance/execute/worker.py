@@ -39,8 +39,11 @@ from dsa_portable.errors import BackendError, Unsupported
 
 # Packages that know answers.
 ANSWERS = tuple(f"dsa_portable.conformance.{name}" for name in ("judging", "selftest", "bench"))
-# How many NaN-filled buffers of each output's size are left for the backend's allocator to hand out again.
+# How many stale buffers of each output's size are left for the backend's allocator to hand out again.
 STALE_BUFFERS = 3
+# What every byte of them is, and of what a caller passes as `out`: all ones are NaN in every float format, and the other is a
+# finite number of 3e38 in float32 and bfloat16, for what cleans up NaN.
+STALE = (0xFF, 0x7F)
 
 
 class NoAnswers(importlib.abc.MetaPathFinder):
@@ -55,10 +58,10 @@ class NoAnswers(importlib.abc.MetaPathFinder):
         return None
 
 
-def _nan_bytes(dtype: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    """All ones: NaN in every float format, -1 in integers but with the sign bit cleared, so that it is no legal padding."""
+def _stale(byte: int, dtype: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """Bytes of STALE; integers are the largest there are, so that they are no legal padding."""
     array = np.empty(shape, NUMPY_DTYPES[dtype])
-    array.view(np.uint8)[...] = 0xFF
+    array.view(np.uint8)[...] = byte
     if array.dtype.kind == "i":
         array[...] = np.iinfo(array.dtype).max
     return array
@@ -82,10 +85,10 @@ class Seen:
 
 
 class Worker:
-    """Runs cases on one backend; `folder` takes the recordings."""
+    """Runs cases on one backend; `folder` takes the recordings, and stale memory holds the bytes `stale`."""
 
-    def __init__(self, backend: Backend, folder: Path) -> None:
-        self.backend, self.folder = backend, folder
+    def __init__(self, backend: Backend, folder: Path, stale: int = STALE[0]) -> None:
+        self.backend, self.folder, self.stale = backend, folder, stale
 
     def run(self, case: str) -> None:
         """Run the case's calls one after another and leave its recording."""
@@ -135,7 +138,7 @@ class Worker:
         wants_out = bool(arguments.pop("out", False))
         results = call.request.results
         if wants_out:
-            arguments["out"] = tuple(STRIDES[call.strides](_nan_bytes(*result), put) for result in results.values())
+            arguments["out"] = tuple(STRIDES[call.strides](_stale(self.stale, *result), put) for result in results.values())
         self._leave_stale_buffers(results)
         self.backend.synchronize()
         before, started = self._witness(), time.perf_counter()
@@ -158,7 +161,7 @@ class Worker:
 
     def _leave_stale_buffers(self, results: dict[str, tuple[str, tuple[int, ...]]]) -> None:
         """An output that the backend allocates and does not fill should hold NaN, not zeros or the last answer."""
-        buffers = [self.backend.put(_nan_bytes(*result)) for result in results.values() for _ in range(STALE_BUFFERS)]
+        buffers = [self.backend.put(_stale(self.stale, *result)) for result in results.values() for _ in range(STALE_BUFFERS)]
         del buffers
 
     def _changed(self, call: Call, on_device: Call, batch: Batch) -> list[str]:
@@ -207,7 +210,7 @@ def main() -> None:
         return
     told = {"device": found, "resolved": resolved, "interpreted": triton.requested()}
     answer({**told, "declared": recording.as_json(declared)})
-    worker = Worker(backend, folder)
+    worker = Worker(backend, folder, STALE[int(sys.argv[4])])
     for line in sys.stdin:
         question = from_text(line)
         case = question["case"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Collection, MutableMapping
 from concurrent.futures import Future
 from contextlib import closing
 from pathlib import Path
@@ -12,12 +12,26 @@ from dsa_portable.conformance.execute import recording
 from dsa_portable.conformance.execute.chip import Chip
 from dsa_portable.conformance.execute.recording import Recording, Subject
 from dsa_portable.conformance.judging.process import Judges
+from dsa_portable.conformance.report.outcomes import Outcomes
 from dsa_portable.conformance.report.rows import passing_alone
 from dsa_portable.conformance.report.schema import CaseResult, Status
 from dsa_portable.errors import BackendError
 
 # So many of a run's failing cases are asked again: each costs a start of the backend's process, or two.
 ASKED_AGAIN = 5
+
+
+def outcomes_so_far(subject: Subject, folder: Path, again: Collection[str], judges: Judges) -> Outcomes:
+    """What became of the cases of a folder. Of those that are to be asked `again`, what was left unjudged is judged first: no
+    failure is forgotten by asking once more.
+    """
+    outcomes = Outcomes(folder)
+    for id in again:
+        if (found := recording.load(folder, id)) is not None and not outcomes.has(id):
+            recorded: Future[Recording] = Future()
+            recorded.set_result(found)
+            outcomes.settled(judges.submit(subject, recorded).result())
+    return outcomes
 
 
 def ask_again(subject: Subject, rows: MutableMapping[str, CaseResult], chip: Chip, say: Callable[[str], None]) -> None:

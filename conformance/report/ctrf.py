@@ -23,6 +23,7 @@ STATUSES: Final = {
     Status.FAIL: "failed",
     Status.ERROR: "failed",
     Status.XPASS: "failed",
+    Status.FLAKY: "failed",
     Status.UNSUPPORTED: "skipped",
     Status.NOT_RUN: "skipped",
     Status.WAIVED: "skipped",

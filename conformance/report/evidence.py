@@ -29,4 +29,4 @@ def evidence_of(subject: Subject, recordings: Mapping[str, Recording], rows: Map
             Evidence.EMULATED,
             f"no work was seen on the chip in {len(unreached)} of {len(executed)} cases, {unreached[0]} first",
         )
-    return Evidence.HARDWARE, "the probe named chip and driver, and every call was seen to reach the chip"
+    return Evidence.HARDWARE, "as declared by the backend: its probe named chip and driver, and its witness moved in every call"

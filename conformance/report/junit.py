@@ -21,6 +21,7 @@ _Key = tuple[str, str, str]
 _ELEMENT = {
     Status.FAIL: "failure",
     Status.XPASS: "failure",
+    Status.FLAKY: "failure",
     Status.ERROR: "error",
     Status.UNSUPPORTED: "skipped",
     Status.NOT_RUN: "skipped",

@@ -49,7 +49,13 @@ def _claimed(report: Report) -> Iterator[str]:
     else:
         yield f"No level is granted to the backend; {len(granted)} of {len(report.claims)} claims are granted."
     rows = [
-        (*claim.key, claim.envelope or "none", claim.level or "-", "" if claim.level else claim.reason, tried(claim))
+        (
+            *claim.key,
+            claim.envelope or "none",
+            claim.level or "-",
+            "" if claim.level else claim.reason,
+            tried(claim, report.run.passes),
+        )
         for claim in report.claims
     ]
     yield _table(("Operator", "Format", "Phase", "Envelope", "Level", "Why none", "Tried"), rows)

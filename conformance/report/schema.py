@@ -51,6 +51,7 @@ class Status(_Word):
     NOT_RUN = "NOT_RUN"
     WAIVED = "WAIVED"
     XPASS = "XPASS"
+    FLAKY = "FLAKY"
 
 
 class Evidence(_Word):
@@ -63,9 +64,9 @@ class Evidence(_Word):
     SELFTEST = "SELFTEST"
 
 
-EXECUTED = (Status.PASS, Status.FAIL, Status.ERROR, Status.WAIVED, Status.XPASS)
-# An unexpected pass fails too: a waiver that nobody needs would hide the next failure.
-FAILING = (Status.FAIL, Status.ERROR, Status.XPASS)
+EXECUTED = (Status.PASS, Status.FAIL, Status.ERROR, Status.WAIVED, Status.XPASS, Status.FLAKY)
+# An unexpected pass fails too: a waiver that nobody needs would hide the next failure. So does what failed before it passed.
+FAILING = (Status.FAIL, Status.ERROR, Status.XPASS, Status.FLAKY)
 # A waiver is the vendor's own word: it keeps a run green, it does not grant a claim.
 NOT_GRANTED_WITH = (*FAILING, Status.NOT_RUN, Status.WAIVED)
 
@@ -78,6 +79,9 @@ NOTES = {
     Evidence.SELFTEST: "the suite examined itself; no level can be granted",
 }
 
+
+# Statuses that the first reports did not have.
+LATER = (Status.FLAKY,)
 
 # --- values that JSON can carry ---
 
@@ -111,9 +115,9 @@ def _relative(path: str) -> str:
 
 
 def _complete(counts: dict[Status, int]) -> dict[Status, int]:
-    if missing := [status.value for status in Status if status not in counts]:
+    if missing := [status.value for status in Status if status not in {*counts, *LATER}]:
         raise ValueError(f"counts lack {', '.join(missing)}; every status is counted, zero included, as tally() does")
-    return {status: counts[status] for status in Status}
+    return {status: counts.get(status, 0) for status in Status}
 
 
 Text = Annotated[str, BeforeValidator(_utf8)]
@@ -132,7 +136,7 @@ Counts = Annotated[
         {
             "type": "object",
             "properties": {status.value: {"type": "integer", "minimum": 0} for status in Status},
-            "required": [status.value for status in Status],
+            "required": [status.value for status in Status if status not in LATER],
             "additionalProperties": False,
         }
     ),
@@ -152,6 +156,14 @@ def _when(condition: dict[str, Any], then: dict[str, Any], otherwise: dict[str, 
     """One if/then/else of JSON Schema over the properties of an object."""
     rule = {"if": {"properties": condition, "required": [*condition]}, "then": {"properties": then}}
     return rule if otherwise is None else rule | {"else": {"properties": otherwise}}
+
+
+class Attempt(_Model):
+    """What became of a case when it was asked before."""
+
+    status: Status
+    rule: Named | None
+    reason: Text
 
 
 class CaseResult(_Model):
@@ -189,6 +201,7 @@ class CaseResult(_Model):
         description="A failed case's inputs, output and bound: an .npz below the report directory"
     )
     reproducer: Line = Field(description="One command line")
+    attempts: list[Attempt] = Field(default=[], description="Earlier outcomes, where the run was resumed and asked again")
 
     @model_validator(mode="after")
     def _reasoned(self) -> CaseResult:
@@ -196,6 +209,9 @@ class CaseResult(_Model):
             raise ValueError(f"case {self.id} is {self.status} with reason {self.reason!r}; every status but PASS has a reason")
         if (self.rule is None) if self.status is Status.FAIL else (self.rule is not None and self.status is not Status.WAIVED):
             raise ValueError(f"case {self.id} is {self.status} with rule {self.rule!r}; a FAIL names the rule it broke")
+        failed = any(attempt.status in FAILING for attempt in self.attempts)
+        if (failed and self.status is Status.PASS) or (self.status is Status.FLAKY and not failed):
+            raise ValueError(f"case {self.id} is {self.status}, but what failed in an earlier attempt and passed is FLAKY")
         return self
 
 
@@ -327,6 +343,7 @@ class Run(_Model):
     peak_memory_bytes: dict[str, NonNegativeInt] = Field(description="By process: runner, worker, judge (the largest)")
     interrupted: bool
     resumed: bool
+    passes: NonNegativeInt = Field(default=1, description="How often each case that passed was run, in processes of their own")
     timeout_scale: PositiveFloat
     workers_replaced: NonNegativeInt
 
@@ -470,12 +487,12 @@ def tally(cases: Iterable[CaseResult]) -> dict[Status, int]:
 
 
 def executed(cases: Iterable[CaseResult]) -> int:
-    """How many cases were executed: PASS, FAIL, ERROR, WAIVED and XPASS."""
+    """How many cases were executed: PASS, FAIL, ERROR, WAIVED, XPASS and FLAKY."""
     return sum(case.status in EXECUTED for case in cases)
 
 
 def exit_code_of(cases: Iterable[CaseResult]) -> int:
-    """1 for any FAIL, ERROR or XPASS; else 3 for any NOT_RUN, or where nothing was executed; else 0."""
+    """1 for any FAIL, ERROR, XPASS or FLAKY; else 3 for any NOT_RUN, or where nothing was executed; else 0."""
     statuses = {case.status for case in cases}
     if statuses & {*FAILING}:
         return 1

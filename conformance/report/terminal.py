@@ -69,7 +69,7 @@ def _claims(report: Report) -> str:
         counts = ", ".join(f"{status} {count}" for status, count in claim.counts.items() if count) or "no cases"
         why = f"; no level: {one_line(claim.reason)}" if claim.level is None else ""
         lines += [_row(row, widths), _wrapped(f"{counts}{why}", 4)]
-        said = {"declared": words.get(claim.key), "tried": tried(claim)}
+        said = {"declared": words.get(claim.key), "tried": tried(claim, report.run.passes)}
         lines += [_wrapped(f"{name}: {text}", 4) for name, text in said.items() if text]
     return "\n".join(lines if rows else ["no claim was made"])
 

@@ -56,17 +56,28 @@ def rows_shown(report: Report) -> str:
     return f"index rows: {selective} test selection, {vacuous} see no more keys than topk and prove nothing about it"
 
 
+def noticed(passed: int, passes: int) -> str:
+    """Which errors that come and go this many cases would have shown, each run so often; empty where there are few.
+
+    A kernel that is wrong in one call of k, at random, passes n calls with probability (1 - 1/k)^n, which is 0.05 for k = n/3.
+    """
+    calls = passed * passes
+    if passes < 2 or calls < 6:
+        return ""
+    return f"{passed} cases passed {passes} times: wrong at random in one call of {calls // 3}, it would have shown with 95%"
+
+
 MISSING_SHOWN = 3
 
 
-def tried(claim: Claim) -> str:
+def tried(claim: Claim, passes: int) -> str:
     """What the claim's cases tried of what is declared, and what they did not."""
     found = claim.coverage
     if found is None:
         return ""
-    parts = []
+    parts = list(filter(None, [noticed(claim.counts[Status.PASS], passes)]))
     if found.values:
-        parts.append(f"{found.values_tried} of {found.values} values, {found.pairs_tried} of {found.pairs} pairs")
+        parts.insert(0, f"{found.values_tried} of {found.values} values, {found.pairs_tried} of {found.pairs} pairs")
     if found.missing:
         more = f" and {len(found.missing) - MISSING_SHOWN} more" if len(found.missing) > MISSING_SHOWN else ""
         parts.append(f"not tried: {', '.join(found.missing[:MISSING_SHOWN])}{more}")

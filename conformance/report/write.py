@@ -76,7 +76,7 @@ def _locked(file: BinaryIO) -> bool:
 
 
 def clear(directory: Path, kept: Container[str] = ()) -> None:
-    """Remove a former run's report, which nobody shall take for that of a run that died, and all recordings but the cases kept.
+    """Remove a former run's report, which nobody shall take for that of a run that died, and all recordings but the names kept.
 
     Raises ReportDirectoryError.
     """
