@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from dsa_portable.conformance.execute import trace
 from dsa_portable.conformance.report.ctrf import ctrf
 from dsa_portable.conformance.report.junit import junit
 from dsa_portable.conformance.report.markdown import summary
@@ -37,7 +38,7 @@ from dsa_portable.conformance.report.schema import (
     verdict_of,
 )
 from dsa_portable.conformance.report.terminal import header, progress, table
-from dsa_portable.conformance.report.write import ReportDirectoryError, owned, write
+from dsa_portable.conformance.report.write import ReportDirectoryError, clear, owned, write
 from dsa_portable.errors import DSAError
 
 SCHEMA = Path(__file__).parents[1] / "docs" / "report.schema.json"
@@ -862,12 +863,53 @@ def test_write_puts_its_files_and_nothing_else(tmp_path: Path) -> None:
         assert [path.name for path in directory.iterdir()] == [".lock"]
     assert list(directory.iterdir()) == []
     files = {"report.json", "junit.xml", "ctrf.json", "summary.md"}
-    assert {path.name for path in write(mixed(), directory)} == files
-    assert {path.name for path in directory.iterdir()} == files
+    failed = {f"{row.id}.txt" for row in mixed().cases if row.status in (F, E, X)}
+    assert {path.name for path in write(mixed(), directory)} == files | failed
+    assert {path.name for path in directory.iterdir()} == files | {"failed"}
+    assert {path.name for path in (directory / "failed").iterdir()} == failed
     assert load(directory / "report.json") == mixed()
     assert (directory / "junit.xml").read_text("utf-8") == junit(mixed())
     assert (directory / "ctrf.json").read_text("utf-8") == ctrf(mixed())
     assert (directory / "summary.md").read_text("utf-8") == summary(mixed())
+
+
+def test_the_text_of_a_failure_is_whole_and_escaped_and_goes_with_the_next_run(tmp_path: Path) -> None:
+    row = case(1, F, reason="wrong " * 1000, traceback="File kernel.py\n  \x1b[31mraise\n")
+    write(report([row]), tmp_path)
+    text = (tmp_path / "failed" / f"{row.id}.txt").read_text("utf-8")
+    assert text == (
+        f"id: {row.id}\nstatus: FAIL\nrule: certificate\ntests: {row.why}\nreason: {row.reason}\nhazards: boundary, paging\n"
+        f'metrics: {{"margin": 1.5, "missed": 0}}\nkept: failed/x.npz\nrun: {row.reproducer}\n'
+        "traceback:\nFile kernel.py\n  \\x1b[31mraise\n\n"
+    )
+    clear(tmp_path)
+    assert [*(tmp_path / "failed").iterdir()] == []
+
+
+def test_no_dashboard_gets_a_reason_of_any_length() -> None:
+    source = report([case(1, F, reason="long " * 20_000), case(2, E, reason="long " * 20_000)])
+    assert all(len(face(source)) < 20_000 for face in (summary, junit, ctrf))
+
+
+def test_a_report_from_before_tracebacks_can_be_read(tmp_path: Path) -> None:
+    document = data(mixed())
+    for row in document["cases"]:
+        del row["traceback"]
+    (tmp_path / "report.json").write_text(json.dumps(document), "utf-8")
+    assert load(tmp_path / "report.json") == mixed()
+
+
+def test_a_traceback_begins_in_the_backend_and_is_cut_in_its_middle() -> None:
+    def backend() -> None:
+        raise RuntimeError("x" * (2 * trace.CHARACTERS))
+
+    try:
+        backend()
+    except RuntimeError as exc:
+        text = trace.raised(exc)
+    assert "in backend" in text
+    assert len(text) < trace.CHARACTERS + 100
+    assert "characters are left out" in text
 
 
 @pytest.mark.parametrize("function", ["replace", "fsync"])
@@ -875,7 +917,7 @@ def test_a_write_that_fails_leaves_the_old_report_and_nothing_else(
     function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(report(), tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.*")}
 
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -883,10 +925,11 @@ def test_a_write_that_fails_leaves_the_old_report_and_nothing_else(
     monkeypatch.setattr(os, function, fail)
     with pytest.raises(ReportDirectoryError, match="No space left on device"):
         write(mixed(), tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.*")} == before
+    assert [*tmp_path.glob("failed/*")] == []
     monkeypatch.undo()
     write(mixed(), tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} != before
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.*")} != before
 
 
 @pytest.mark.parametrize("below", ["file", "file/below"])

@@ -270,7 +270,7 @@ def test_a_misdeed_is_one_row(misdeeds: tuple[Run, list[int]], name: str) -> Non
     shown = [line for line in done.stdout.splitlines() if re.match(rf"\[.*\] {row.status} +{row.id} ", line)]
     assert len(shown) == 1
     assert shown[0].isprintable()
-    assert (row.artefact is not None) == (row.status is Status.FAIL)
+    assert (row.artefact is not None) == (row.status in (Status.FAIL, Status.ERROR))
 
 
 def test_misdeeds_cost_no_other_case(misdeeds: tuple[Run, list[int]]) -> None:
@@ -996,6 +996,35 @@ def test_a_failure_is_kept_and_can_be_run_again(tmp_path: Path) -> None:
     alone = schema.load(tmp_path / "dsa-report-case" / "report.json")
     assert rows(alone)[case].reason == row.reason
     assert {other.status for other in alone.cases if other.id != case} == {Status.NOT_RUN}
+
+
+def test_an_error_says_where_it_was_raised_and_keeps_its_inputs(tmp_path: Path) -> None:
+    """The traceback begins in the plug-in; of a process that died there are its last words."""
+    source = """
+def launch(grid):
+    raise RuntimeError(f"too many blocks: {grid}")
+
+def index(request):
+    launch(70000)
+
+def attend(request):
+    print("kernel assertion: page 7 is not mapped", flush=True)
+    os._exit(3)
+"""
+    plugins.module(tmp_path, "broken", "operators=OURS", source)
+    _, report = conformance(tmp_path, "out", "--backend", "broken", cases=[SMALL, "attend-bf16-prefill-onehot"])
+    raised, died = seen(report).values()
+    assert re.search(r"^Traceback .*\n  File .*broken_backend.py.*in index\n.*launch\(70000\)\n.*in launch\n", raised.traceback)
+    assert raised.traceback.endswith("RuntimeError: too many blocks: 70000")
+    assert died.traceback == "kernel assertion: page 7 is not mapped"
+    for row in (raised, died):
+        text = (tmp_path / "out" / "failed" / f"{row.id}.txt").read_text()
+        assert text.startswith(f"id: {row.id}\nstatus: ERROR\ntests: {row.why}\nreason: {row.reason}\n")
+        assert text.endswith(f"\nrun: {row.reproducer}\ntraceback:\n{row.traceback}\n")
+        assert row.artefact == f"failed/{row.id}.npz"
+        kept = arrays_file.load(tmp_path / "out" / row.artefact)
+        assert {"inputs.q", "batch.seqlens_k"} <= kept.keys()
+        assert not [name for name in kept if name.startswith(("outputs.", "judged."))]
 
 
 # A case that returns scores spoils as many of the cases that follow it in the same process as SPOILT says.

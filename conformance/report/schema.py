@@ -179,6 +179,7 @@ class CaseResult(_Model):
     status: Status
     rule: Named | None = Field(description="The first rule of docs/judging.md that a FAIL broke; null for every other status")
     reason: Text = Field(description="Empty for PASS; otherwise one sentence")
+    traceback: Text = Field(default="", description="Of an ERROR: what was raised where, or a dead process's last words")
     metrics: Metrics = Field(description='NaN and infinities are the strings "nan", "inf" and "-inf"')
     selective_rows: NonNegativeInt | None = Field(description="Index: rows that see more keys than topk")
     vacuous_rows: NonNegativeInt | None = Field(description="Index: rows that see no more; they prove nothing about selection")
@@ -186,7 +187,7 @@ class CaseResult(_Model):
     inputs_sha256: Sha256
     outputs_sha256: Sha256 | None
     artefact: Relative | None = Field(
-        description="A failed case's inputs, output and bound: an .npz below the report directory"
+        description="An .npz below the report directory: of a FAIL inputs, outputs and bound, of an ERROR inputs"
     )
     reproducer: Line = Field(description="One command line")
 
