@@ -541,6 +541,63 @@ def test_table_fits_100_columns_but_for_what_must_be_copied() -> None:
     assert long.reproducer in "\n".join(lines)
 
 
+def same_failure(number: int) -> CaseResult:
+    reason = f"row {number}, head 3: out is {number / 7:.6g} [int32], expected -1.5e-07 within 0x{number:x}"
+    return case(number, F, rule="bound", reason=reason)
+
+
+def test_failures_of_one_cause_are_told_once() -> None:
+    cases = [same_failure(i) for i in range(44)]
+    alone = len(table(report(cases[:1])).splitlines())
+    text = table(report(cases))
+    assert len(text.splitlines()) <= alone + 1
+    assert f"FAIL {cases[0].id}, and 43 more for the same reason\n" in text
+    assert f"  also    {cases[1].id}, {cases[2].id}, 41 more in report.json\n" in text
+    assert [row.reproducer in text for row in cases] == [True] + [False] * 43
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        same_failure(2).model_copy(update={"rule": "exact"}),
+        same_failure(2).model_copy(update={"reason": same_failure(2).reason.replace("int32", "int64")}),
+        case(2, E, reason=same_failure(2).reason),
+    ],
+)
+def test_failures_of_two_causes_are_told_apart(other: CaseResult) -> None:
+    text = table(report([same_failure(1), other]))
+    assert "for the same reason" not in text
+    assert other.reproducer in text
+
+
+def test_a_reason_of_any_length_leaves_the_terminal_readable() -> None:
+    row = case(1, E, reason="word " * 20_000)
+    for text in (progress(row, 1, 1, 1.0), table(report([row]))):
+        assert len(text) < 3000
+        assert "word..." in text.replace("\n", "") or "word ..." in text
+    assert row.reason in to_json(report([row]))
+
+
+@pytest.mark.parametrize("columns", [76, 80, 200])
+def test_text_fits_the_terminal_and_breaks_no_hash(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    source = report([case(1, F, why="hazard " * 40, reason="expected one key, got another; " * 30)])
+    shown = header(source, tty=True)
+    assert "c" * 64 in shown
+    lines = [*shown.splitlines()[1:], *table(source, tty=True).splitlines()]
+    widest = max(len(line) for line in lines if not line.startswith(("  run ", "lightning_index", "\x1b")))
+    assert min(columns, 100) - 10 < widest <= min(columns, 100)
+    assert header(source).splitlines() == header(report(source.cases)).splitlines()
+
+
+def test_progress_colours_its_status() -> None:
+    for status, colour in ((F, "\x1b[31m"), (E, "\x1b[31m"), (U, "\x1b[33m"), (P, "")):
+        line = progress(case(1, status), 1, 1, 1.0, tty=True)
+        assert line.replace("\x1b[0m", "").replace(colour or "\x1b", "") == progress(case(1, status), 1, 1, 1.0)
+        assert colour in line
+        assert ("\x1b" in line) == bool(colour)
+
+
 def test_colours_are_for_a_terminal_and_green_for_a_level_alone() -> None:
     green = "\x1b[32m"
     assert "\x1b" not in table(mixed())

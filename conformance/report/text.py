@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 
-from dsa_portable.conformance.report.schema import EXECUTED, CaseResult, Claim, Report, Status
+from dsa_portable.conformance.report.schema import EXECUTED, FAILING, CaseResult, Claim, Report, Status
 
 # The folder of what is kept of failing cases: arrays and a text of each.
 FAILED = "failed"
@@ -32,6 +33,19 @@ def cut(text: str) -> str:
 def suite_name(report: Report, key: tuple[str, str, str]) -> str:
     """A claim's cases as a suite: a dashboard may show this name alone, so it carries the evidence class and the backend."""
     return " ".join([f"{report.evidence}:", report.backend.name, *key])
+
+
+# A number by itself: those of `int32` and of a case's id are names.
+_NUMBER = re.compile(r"(?<![\w.-])-?(0x[0-9a-fA-F]+|\d+(\.\d+)?(e[-+]?\d+)?)(?!\w)")
+
+
+def alike(cases: Iterable[CaseResult]) -> list[list[CaseResult]]:
+    """The failing cases by their cause, in the order of the first ones: status, rule, and the reason but for its numbers."""
+    groups: dict[tuple[object, ...], list[CaseResult]] = {}
+    for case in cases:
+        if case.status in FAILING:
+            groups.setdefault((case.status, case.rule, _NUMBER.sub("0", one_line(case.reason))), []).append(case)
+    return [*groups.values()]
 
 
 def failure_file(case: CaseResult) -> str:
