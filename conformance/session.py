@@ -143,6 +143,7 @@ class _Session:
             resumed=bool(self.kept),
             timeout_scale=timeout_scale,
             workers_replaced=self.chip.replaced,
+            selected=asked if (asked := len({*self.wanted, *self.kept})) < len(self.cases) else None,
         )
         why = {id: (self.stopped or "not yet run") if id in self.wanted else "not asked for" for id in self.cases}
         return report_of(self.subject, self.recordings, self.rows, why, run)

@@ -1,7 +1,7 @@
 """The `dsa-portable` command: which backends there are, the conformance run, rates, kernels built, the ONNX export.
 
-An error is one line and an exit code: 0 no failure; 1 a failure; 2 usage or harness; 3 nothing or not everything executed;
-4 backend unavailable.
+An error is one line and an exit code: 0 no failure; 1 a failure; 2 usage or harness; 3 nothing executed, or not
+all that was asked for; 4 backend unavailable.
 """
 
 from __future__ import annotations

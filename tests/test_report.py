@@ -164,6 +164,15 @@ def report(
     return Report(**(fields | changes))
 
 
+def selection(statuses: Sequence[Status], selected: int, evidence: Evidence = Evidence.HARDWARE) -> Report:
+    """Of a run in which so many of these cases were asked for."""
+    cases = [case(i, status) for i, status in enumerate(statuses)]
+    whole = report(cases, granted=False)
+    verdict = verdict_of(cases, list_name="core-2026.11", evidence=evidence, chip=CHIP, level=None, selected=selected)
+    run = whole.run.model_copy(update={"selected": selected})
+    return report(cases, evidence, False, run=run, exit_code=exit_code_of(cases, selected), verdict=verdict)
+
+
 def mixed() -> Report:
     statuses = [P, F, E, U, N, W, X]
     return report([case(i, s, INDEX) for i, s in enumerate(statuses)] + [case(9, P, ATTEND)])
@@ -210,6 +219,8 @@ def test_the_published_schema_is_the_models() -> None:
         report(),
         mixed(),
         report([case(1, N)]),
+        selection([P, U, N], 2),
+        selection([P, N, N], 2),
         *(report([], e) for e in OTHERS),
         report([case(1)], Evidence.EMULATED, emulates="Chip"),
     ],
@@ -253,6 +264,13 @@ PLAIN_LIES: list[tuple[str, Callable[[], Report], Callable[[Any], None], str]] =
     ("failure with exit 3", mixed, change("exit_code", to=3), "the cases give 1"),
     ("not run with exit 0", lambda: report([case(1), case(2, N)]), change("exit_code", to=0), "the cases give 3"),
     ("nothing executed with exit 0", lambda: report([case(1, U)]), change("exit_code", to=0), "the cases give 3"),
+    (
+        "nothing executed of a selection with exit 0",
+        lambda: selection([U, N], 1),
+        change("exit_code", to=0),
+        "the cases give 3",
+    ),
+    ("a selection taken for the list", lambda: selection([P, N], 1), change("run", "selected", to=None), "the cases give 3"),
     ("success with exit 3", report, change("exit_code", to=3), "the cases give 0"),
     ("success with exit 1", report, change("exit_code", to=1), "the cases give 0"),
     ("FAIL without reason", mixed, change("cases", 1, "reason", to=""), "every status but PASS"),
@@ -279,6 +297,9 @@ LIES: list[tuple[str, Callable[[], Report], Callable[[Any], None], str]] = [
     ("rows left out", report, change("list", "cases", to=120), "NOT_RUN rows"),
     ("executed", mixed, change("list", "executed", to=7), "6 cases were executed"),
     ("verdict", mixed, change("verdict", to="core-2026.11 PASSED on Example CPU 9000 (HARDWARE)"), "bears out 'FAILED: 3 of 8"),
+    ("interrupted selection with exit 0", lambda: selection([P, N, N], 2), change("exit_code", to=0), "the cases give 3"),
+    ("more run than selected", lambda: selection([P, P, N], 2), change("run", "selected", to=1), "2 of 3 cases were run"),
+    ("all of the list selected", report, change("run", "selected", to=4), "null is all of them"),
     ("absolute artefact", mixed, change("cases", 1, "artefact", to="/tmp/x.npz"), "below the report directory"),
     ("artefact elsewhere", mixed, change("cases", 1, "artefact", to="../x.npz"), "below the report directory"),
 ]
@@ -440,6 +461,28 @@ def test_exit_code(statuses: list[Status], code: int) -> None:
 )
 def test_verdict(statuses: list[Status], evidence: str, verdict: str) -> None:
     assert report([case(i, status) for i, status in enumerate(statuses)], Evidence(evidence)).verdict == verdict
+
+
+STANDS = "EMULATED: not run on the named chip; no level can be granted"
+
+
+@pytest.mark.parametrize(
+    ("statuses", "selected", "evidence", "code", "verdict"),
+    [
+        ([P, N, N], 1, "HARDWARE", 0, "no failure in the 1 case asked for, of 3 (HARDWARE); no level is granted"),
+        ([P, U, N], 2, "HARDWARE", 0, "no failure in the 2 cases asked for, of 3 (HARDWARE); no level is granted"),
+        ([P, W, N], 2, "EMULATED", 0, f"no failure beyond 1 waived in the 2 cases asked for, of 3 ({STANDS})"),
+        ([P, N, N], 2, "HARDWARE", 3, "INCOMPLETE: 1 of the 2 cases asked for, of 3, were not run (HARDWARE)"),
+        ([U, N, N], 1, "HARDWARE", 3, "INCOMPLETE: none of 3 cases was executed (HARDWARE)"),
+        ([F, N, N], 1, "HARDWARE", 1, "FAILED: 1 of 3 cases, 2 not run (HARDWARE)"),
+    ],
+)
+def test_a_selection_is_judged_by_what_was_asked_for_and_never_reads_as_the_list(
+    statuses: list[Status], selected: int, evidence: str, code: int, verdict: str
+) -> None:
+    found = selection(statuses, selected, Evidence(evidence))
+    assert (found.exit_code, found.verdict, found.level) == (code, verdict, None)
+    assert all("PASSED" not in face(found) for face in (table, summary, junit, ctrf))
 
 
 # --- the faces ---
