@@ -23,7 +23,7 @@ from dsa_portable.conformance.judging.again import ask_again
 from dsa_portable.conformance.judging.process import Judges
 from dsa_portable.conformance.report import environment, terminal, write
 from dsa_portable.conformance.report.build import report_of
-from dsa_portable.conformance.report.schema import CaseResult, Report, Run
+from dsa_portable.conformance.report.schema import FAILING, CaseResult, Report, Run
 from dsa_portable.deprecated import renamed
 from dsa_portable.errors import BackendError, DSAError
 
@@ -45,6 +45,8 @@ def run(
     say: Callable[[str], None] = lambda line: None,
     command: str = "dsa_portable.conformance.run()",
     level: str | None = None,
+    tty: bool = False,
+    fail_fast: bool = False,
 ) -> Report:
     """Run a frozen list on a backend and write report.json, ctrf.json, junit.xml and summary.md into `out`; returns the report.
 
@@ -53,6 +55,7 @@ def run(
     resume: go on with what an interrupted run of the same list and backend recorded in `out`; `cases` are then asked again.
     jobs: processes that judge, else one for each core.  timeout_scale: multiplies every limit.
     emulate: the chip that the backend stands in for, else DSA_EMULATE; evidence is then EMULATED.  level: was list's name.
+    tty: `say` writes to a terminal, which shows colours and may be narrow.  fail_fast: stop after the first failure.
     Raises, before any case runs, UsageError, ListError, EmulationError, ResumeError, ReportDirectoryError, DeclarationError or
     BackendError.
     """
@@ -79,12 +82,12 @@ def run(
             with write.owned(Path(out)):
                 write.clear(Path(out), kept)
                 recording.save_subject(folder, subject)
-                session = _Session(subject, wanted, kept, chip, judges, say)
-                say(terminal.header(session.report(command, timeout_scale)))
+                session = _Session(subject, wanted, kept, chip, judges, say, tty, fail_fast)
+                say(terminal.header(session.report(command, timeout_scale), tty=tty))
                 session.run()
                 report = session.report(command, timeout_scale)
                 # Said before it is written: a disk that is full loses no verdict.
-                say(terminal.table(report))
+                say(terminal.table(report, tty=tty))
                 write.write(report, Path(out))
     return report
 
@@ -97,6 +100,8 @@ class _Session:
     chip: Chip
     judges: Judges
     say: Callable[[str], None]
+    tty: bool = False
+    fail_fast: bool = False
     recordings: dict[str, Recording] = field(default_factory=dict)
     rows: dict[str, CaseResult] = field(default_factory=dict)
     interrupted: bool = False
@@ -116,7 +121,13 @@ class _Session:
                     self.rows[id], self.recordings[id] = row.result(), recorded[id].result()
                     if id not in self.kept:
                         since = datetime.now(timezone.utc) - self.started
-                        self.say(terminal.progress(self.rows[id], len(self.rows), len(ids), since.total_seconds()))
+                        done = terminal.progress(self.rows[id], len(self.rows), len(ids), since.total_seconds(), tty=self.tty)
+                        self.say(done)
+                    if self.fail_fast and self.rows[id].status in FAILING:
+                        self.stopped = "stopped after the first failure (--fail-fast)"
+                        self.chip.close()
+                        asker.shutdown(cancel_futures=True)
+                        break
                 ask_again(self.subject, self.rows, self.chip, self.say)
             except BackendError as exc:
                 self.stopped = f"the backend could not be started again: {exc}"

@@ -633,7 +633,16 @@ def test_text_fits_the_terminal_and_breaks_no_hash(columns: int, monkeypatch: py
     assert header(source).splitlines() == header(report(source.cases)).splitlines()
 
 
-def test_progress_colours_its_status() -> None:
+def test_who_wants_no_colours_gets_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    faces = (lambda: table(mixed(), tty=True), lambda: progress(case(1, F), 1, 1, 1.0, tty=True))
+    monkeypatch.setenv("NO_COLOR", "")
+    assert all("\x1b" in face() for face in faces)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not any("\x1b" in face() for face in faces)
+
+
+def test_progress_colours_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
     for status, colour in ((F, "\x1b[31m"), (E, "\x1b[31m"), (U, "\x1b[33m"), (P, "")):
         line = progress(case(1, status), 1, 1, 1.0, tty=True)
         assert line.replace("\x1b[0m", "").replace(colour or "\x1b", "") == progress(case(1, status), 1, 1, 1.0)
@@ -641,7 +650,8 @@ def test_progress_colours_its_status() -> None:
         assert ("\x1b" in line) == bool(colour)
 
 
-def test_colours_are_for_a_terminal_and_green_for_a_level_alone() -> None:
+def test_colours_are_for_a_terminal_and_green_for_a_level_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
     green = "\x1b[32m"
     assert "\x1b" not in table(mixed())
     assert "\x1b[31m" in table(mixed(), tty=True)

@@ -998,6 +998,17 @@ def test_a_failure_is_kept_and_can_be_run_again(tmp_path: Path) -> None:
     assert {other.status for other in alone.cases if other.id != case} == {Status.NOT_RUN}
 
 
+def test_a_run_can_stop_after_its_first_failure(tmp_path: Path) -> None:
+    plugins.module(tmp_path, "broken", "operators=OURS", "index = attend = lambda request: 1 / 0")
+    chosen = [id for id in lists.load("smoke").cases if "-decode-" in id]
+    done, report = conformance(tmp_path, "out", "--backend", "broken", "--fail-fast", cases=chosen)
+    assert (done.returncode, report.run.selected, report.run.interrupted) == (1, len(chosen), False)
+    assert [row.id for row in seen(report).values()] == chosen[:1]
+    reasons = {row.reason for row in report.cases if row.id in chosen[1:]}
+    assert reasons == {"stopped after the first failure (--fail-fast)"}
+    assert report.verdict.startswith(f"FAILED: 1 of {CASES} cases, {CASES - 1} not run ")
+
+
 def test_an_error_says_where_it_was_raised_and_keeps_its_inputs(tmp_path: Path) -> None:
     """The traceback begins in the plug-in; of a process that died there are its last words."""
     source = """

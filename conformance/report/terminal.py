@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import textwrap
 from collections.abc import Sequence
@@ -66,15 +67,19 @@ def _width(tty: bool) -> int:
 
 def _coloured(status: Status, tty: bool, width: int = 0) -> str:
     # No green: a case that passes is no level.
-    word = f"{status!s:{width}}" if width else str(status)
-    colour = "" if status is Status.PASS or not tty else _RED if status in FAILING else _YELLOW
-    return f"{colour}{word}{_PLAIN}" if colour else word
+    colour = "" if status is Status.PASS else _RED if status in FAILING else _YELLOW
+    return _painted(str(status).ljust(width), colour, tty)
+
+
+def _painted(text: str, colour: str, tty: bool) -> str:
+    # https://no-color.org: set to anything but the empty text, the variable means no colours.
+    return f"{colour}{text}{_PLAIN}" if colour and tty and not os.environ.get("NO_COLOR") else text
 
 
 def _verdict(report: Report, tty: bool) -> str:
     # Green is for a granted level alone: a run that grants none must not look like one that does.
     colour = _RED if report.exit_code == 1 else _GREEN if report.level is not None else _YELLOW
-    return f"{colour}{report.verdict}{_PLAIN}" if tty else report.verdict
+    return _painted(report.verdict, colour, tty)
 
 
 def _claims(report: Report, width: int) -> str:
