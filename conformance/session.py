@@ -48,6 +48,8 @@ def run(
     say: Callable[[str], None] = lambda line: None,
     command: str = "dsa_portable.conformance.run()",
     level: str | None = None,
+    tty: bool = False,
+    fail_fast: bool = False,
 ) -> Report:
     """Run a frozen list on a backend and write report.json, ctrf.json, junit.xml and summary.md into `out`; returns the report.
 
@@ -56,6 +58,7 @@ def run(
     resume: go on with what an interrupted run of the same list and backend recorded in `out`; `cases` are then asked again.
     jobs: processes that judge, else one for each core.  timeout_scale: multiplies every limit.
     emulate: the chip that the backend stands in for, else DSA_EMULATE; evidence is then EMULATED.  level: was list's name.
+    tty: `say` writes to a terminal, which shows colours and may be narrow.  fail_fast: stop after the first failure.
     Raises, before any case runs, UsageError, ListError, EmulationError, ResumeError, ReportDirectoryError, DeclarationError or
     BackendError.
     """
@@ -84,12 +87,12 @@ def run(
                 outcomes = outcomes_so_far(subject, folder, again, judges) if resume else Outcomes(folder)
                 write.clear(Path(out), {*kept, *([Path(FILE).stem] if resume else [])})
                 recording.save_subject(folder, subject)
-                session = _Session(subject, wanted, kept, chip, judges, outcomes, say)
-                say(terminal.header(session.report(command, timeout_scale)))
+                session = _Session(subject, wanted, kept, chip, judges, outcomes, say, tty, fail_fast)
+                say(terminal.header(session.report(command, timeout_scale), tty=tty))
                 session.run()
                 report = session.report(command, timeout_scale)
                 # Said before it is written: a disk that is full loses no verdict.
-                say(terminal.table(report))
+                say(terminal.table(report, tty=tty))
                 write.write(report, Path(out))
     return report
 
@@ -103,6 +106,8 @@ class _Session:
     judges: Judges
     outcomes: Outcomes
     say: Callable[[str], None]
+    tty: bool = False
+    fail_fast: bool = False
     recordings: dict[str, Recording] = field(default_factory=dict)
     rows: dict[str, CaseResult] = field(default_factory=dict)
     interrupted: bool = False
@@ -123,7 +128,13 @@ class _Session:
                     self.rows[id], self.recordings[id] = self.outcomes.settled(row.result()), recorded[id].result()
                     if id not in self.kept:
                         since = datetime.now(timezone.utc) - self.started
-                        self.say(terminal.progress(self.rows[id], len(self.rows), len(ids), since.total_seconds()))
+                        done = terminal.progress(self.rows[id], len(self.rows), len(ids), since.total_seconds(), tty=self.tty)
+                        self.say(done)
+                    if self.fail_fast and self.rows[id].status in FAILING:
+                        self.stopped = "stopped after the first failure (--fail-fast)"
+                        self.chip.close()
+                        asker.shutdown(cancel_futures=True)
+                        break
                 ask_again(self.subject, self.rows, self.chip, self.say)
                 # A run that failed has its answer; and what is asked twice is a chip.
                 evidence, _ = evidence_of(self.subject, self.recordings, self.rows)
@@ -156,6 +167,7 @@ class _Session:
             passes=self.passes,
             timeout_scale=timeout_scale,
             workers_replaced=self.chip.replaced,
+            selected=asked if (asked := len({*self.wanted, *self.kept})) < len(self.cases) else None,
         )
         why = {id: (self.stopped or "not yet run") if id in self.wanted else "not asked for" for id in self.cases}
         return report_of(self.subject, self.recordings, self.rows, why, run)

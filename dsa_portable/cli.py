@@ -1,7 +1,7 @@
 """The `dsa-portable` command: which backends there are, the conformance run, rates, kernels built, the ONNX export.
 
-An error is one line and an exit code: 0 no failure; 1 a failure; 2 usage or harness; 3 nothing or not everything executed;
-4 backend unavailable.
+An error is one line and an exit code: 0 no failure; 1 a failure; 2 usage or harness; 3 nothing executed, or not
+all that was asked for; 4 backend unavailable.
 """
 
 from __future__ import annotations
@@ -88,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         help="run this case alone, or those that a pattern matches; may be repeated",
     )
     run.add_argument("--list-cases", action="store_true", help="print the list's case ids and what each is for, and stop")
+    run.add_argument("--fail-fast", action="store_true", help="stop after the first FAIL or ERROR")
     run.add_argument("--resume", action="store_true", help="go on with the interrupted run in the report directory")
     run.add_argument("--timeout-scale", type=float, default=1.0, metavar="X", help="multiply every time limit")
     run.add_argument("--jobs", type=int, metavar="N", help="processes that judge (default: one for each core)")
@@ -173,6 +174,8 @@ def _conformance(options: argparse.Namespace) -> int:
         emulate=options.emulate,
         say=lambda line: print(line, flush=True),
         command=shlex.join(["dsa-portable", *sys.argv[1:]]),
+        tty=sys.stdout.isatty(),
+        fail_fast=options.fail_fast,
     )
     return int(report.exit_code)
 

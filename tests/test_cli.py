@@ -7,12 +7,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from dsa_portable import Batch, __version__, lightning_index, sparse_attend
+from dsa_portable import Batch, __version__, cli, conformance, lightning_index, sparse_attend
 from dsa_portable.conformance import lists
 from dsa_portable.conformance.cases.catalogue import CASES
 from tests import plugins
@@ -211,6 +212,22 @@ def test_a_run_without_a_name_is_of_the_cpu_backend_and_says_so(tmp_path: Path) 
     first = done.stdout.splitlines()[0]
     assert first == "no backend named (--backend, DSA_BACKEND): this run is of the cpu backend"
     assert (report.backend.requested, report.backend.resolved) == ("", "cpu")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_run_is_told_whether_it_speaks_to_a_terminal(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def run(**arguments: Any) -> object:
+        asked.update(arguments)
+        return SimpleNamespace(exit_code=0)
+
+    monkeypatch.setattr(conformance, "run", run)
+    monkeypatch.setattr(cli, "_end_with_a_report", lambda: None)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["conformance", "--backend", "cpu"])
+    assert (end.value.code, asked["tty"], asked["fail_fast"]) == (0, terminal, False)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from dsa_portable.conformance.execute import trace
 from dsa_portable.conformance.report.ctrf import ctrf
 from dsa_portable.conformance.report.junit import junit
 from dsa_portable.conformance.report.markdown import summary
@@ -37,7 +38,7 @@ from dsa_portable.conformance.report.schema import (
     verdict_of,
 )
 from dsa_portable.conformance.report.terminal import header, progress, table
-from dsa_portable.conformance.report.write import ReportDirectoryError, owned, write
+from dsa_portable.conformance.report.write import ReportDirectoryError, clear, owned, write
 from dsa_portable.errors import DSAError
 
 SCHEMA = Path(__file__).parents[1] / "docs" / "report.schema.json"
@@ -163,6 +164,15 @@ def report(
     return Report(**(fields | changes))
 
 
+def selection(statuses: Sequence[Status], selected: int, evidence: Evidence = Evidence.HARDWARE) -> Report:
+    """Of a run in which so many of these cases were asked for."""
+    cases = [case(i, status) for i, status in enumerate(statuses)]
+    whole = report(cases, granted=False)
+    verdict = verdict_of(cases, list_name="core-2026.11", evidence=evidence, chip=CHIP, level=None, selected=selected)
+    run = whole.run.model_copy(update={"selected": selected})
+    return report(cases, evidence, False, run=run, exit_code=exit_code_of(cases, selected), verdict=verdict)
+
+
 def mixed() -> Report:
     statuses = [P, F, E, U, N, W, X]
     return report([case(i, s, INDEX) for i, s in enumerate(statuses)] + [case(9, P, ATTEND)])
@@ -209,6 +219,8 @@ def test_the_published_schema_is_the_models() -> None:
         report(),
         mixed(),
         report([case(1, N)]),
+        selection([P, U, N], 2),
+        selection([P, N, N], 2),
         *(report([], e) for e in OTHERS),
         report([case(1)], Evidence.EMULATED, emulates="Chip"),
     ],
@@ -252,6 +264,13 @@ PLAIN_LIES: list[tuple[str, Callable[[], Report], Callable[[Any], None], str]] =
     ("failure with exit 3", mixed, change("exit_code", to=3), "the cases give 1"),
     ("not run with exit 0", lambda: report([case(1), case(2, N)]), change("exit_code", to=0), "the cases give 3"),
     ("nothing executed with exit 0", lambda: report([case(1, U)]), change("exit_code", to=0), "the cases give 3"),
+    (
+        "nothing executed of a selection with exit 0",
+        lambda: selection([U, N], 1),
+        change("exit_code", to=0),
+        "the cases give 3",
+    ),
+    ("a selection taken for the list", lambda: selection([P, N], 1), change("run", "selected", to=None), "the cases give 3"),
     ("success with exit 3", report, change("exit_code", to=3), "the cases give 0"),
     ("success with exit 1", report, change("exit_code", to=1), "the cases give 0"),
     ("FAIL without reason", mixed, change("cases", 1, "reason", to=""), "every status but PASS"),
@@ -278,6 +297,9 @@ LIES: list[tuple[str, Callable[[], Report], Callable[[Any], None], str]] = [
     ("rows left out", report, change("list", "cases", to=120), "NOT_RUN rows"),
     ("executed", mixed, change("list", "executed", to=7), "6 cases were executed"),
     ("verdict", mixed, change("verdict", to="core-2026.11 PASSED on Example CPU 9000 (HARDWARE)"), "bears out 'FAILED: 3 of 8"),
+    ("interrupted selection with exit 0", lambda: selection([P, N, N], 2), change("exit_code", to=0), "the cases give 3"),
+    ("more run than selected", lambda: selection([P, P, N], 2), change("run", "selected", to=1), "2 of 3 cases were run"),
+    ("all of the list selected", report, change("run", "selected", to=4), "null is all of them"),
     ("absolute artefact", mixed, change("cases", 1, "artefact", to="/tmp/x.npz"), "below the report directory"),
     ("artefact elsewhere", mixed, change("cases", 1, "artefact", to="../x.npz"), "below the report directory"),
 ]
@@ -441,6 +463,28 @@ def test_verdict(statuses: list[Status], evidence: str, verdict: str) -> None:
     assert report([case(i, status) for i, status in enumerate(statuses)], Evidence(evidence)).verdict == verdict
 
 
+STANDS = "EMULATED: not run on the named chip; no level can be granted"
+
+
+@pytest.mark.parametrize(
+    ("statuses", "selected", "evidence", "code", "verdict"),
+    [
+        ([P, N, N], 1, "HARDWARE", 0, "no failure in the 1 case asked for, of 3 (HARDWARE); no level is granted"),
+        ([P, U, N], 2, "HARDWARE", 0, "no failure in the 2 cases asked for, of 3 (HARDWARE); no level is granted"),
+        ([P, W, N], 2, "EMULATED", 0, f"no failure beyond 1 waived in the 2 cases asked for, of 3 ({STANDS})"),
+        ([P, N, N], 2, "HARDWARE", 3, "INCOMPLETE: 1 of the 2 cases asked for, of 3, were not run (HARDWARE)"),
+        ([U, N, N], 1, "HARDWARE", 3, "INCOMPLETE: none of 3 cases was executed (HARDWARE)"),
+        ([F, N, N], 1, "HARDWARE", 1, "FAILED: 1 of 3 cases, 2 not run (HARDWARE)"),
+    ],
+)
+def test_a_selection_is_judged_by_what_was_asked_for_and_never_reads_as_the_list(
+    statuses: list[Status], selected: int, evidence: str, code: int, verdict: str
+) -> None:
+    found = selection(statuses, selected, Evidence(evidence))
+    assert (found.exit_code, found.verdict, found.level) == (code, verdict, None)
+    assert all("PASSED" not in face(found) for face in (table, summary, junit, ctrf))
+
+
 # --- the faces ---
 
 
@@ -540,7 +584,74 @@ def test_table_fits_100_columns_but_for_what_must_be_copied() -> None:
     assert long.reproducer in "\n".join(lines)
 
 
-def test_colours_are_for_a_terminal_and_green_for_a_level_alone() -> None:
+def same_failure(number: int) -> CaseResult:
+    reason = f"row {number}, head 3: out is {number / 7:.6g} [int32], expected -1.5e-07 within 0x{number:x}"
+    return case(number, F, rule="bound", reason=reason)
+
+
+def test_failures_of_one_cause_are_told_once() -> None:
+    cases = [same_failure(i) for i in range(44)]
+    alone = len(table(report(cases[:1])).splitlines())
+    text = table(report(cases))
+    assert len(text.splitlines()) <= alone + 1
+    assert f"FAIL {cases[0].id}, and 43 more for the same reason\n" in text
+    assert f"  also    {cases[1].id}, {cases[2].id}, 41 more in report.json\n" in text
+    assert [row.reproducer in text for row in cases] == [True] + [False] * 43
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        same_failure(2).model_copy(update={"rule": "exact"}),
+        same_failure(2).model_copy(update={"reason": same_failure(2).reason.replace("int32", "int64")}),
+        case(2, E, reason=same_failure(2).reason),
+    ],
+)
+def test_failures_of_two_causes_are_told_apart(other: CaseResult) -> None:
+    text = table(report([same_failure(1), other]))
+    assert "for the same reason" not in text
+    assert other.reproducer in text
+
+
+def test_a_reason_of_any_length_leaves_the_terminal_readable() -> None:
+    row = case(1, E, reason="word " * 20_000)
+    for text in (progress(row, 1, 1, 1.0), table(report([row]))):
+        assert len(text) < 3000
+        assert "word..." in text.replace("\n", "") or "word ..." in text
+    assert row.reason in to_json(report([row]))
+
+
+@pytest.mark.parametrize("columns", [76, 80, 200])
+def test_text_fits_the_terminal_and_breaks_no_hash(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    source = report([case(1, F, why="hazard " * 40, reason="expected one key, got another; " * 30)])
+    shown = header(source, tty=True)
+    assert "c" * 64 in shown
+    lines = [*shown.splitlines()[1:], *table(source, tty=True).splitlines()]
+    widest = max(len(line) for line in lines if not line.startswith(("  run ", "lightning_index", "\x1b")))
+    assert min(columns, 100) - 10 < widest <= min(columns, 100)
+    assert header(source).splitlines() == header(report(source.cases)).splitlines()
+
+
+def test_who_wants_no_colours_gets_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    faces = (lambda: table(mixed(), tty=True), lambda: progress(case(1, F), 1, 1, 1.0, tty=True))
+    monkeypatch.setenv("NO_COLOR", "")
+    assert all("\x1b" in face() for face in faces)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not any("\x1b" in face() for face in faces)
+
+
+def test_progress_colours_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for status, colour in ((F, "\x1b[31m"), (E, "\x1b[31m"), (U, "\x1b[33m"), (P, "")):
+        line = progress(case(1, status), 1, 1, 1.0, tty=True)
+        assert line.replace("\x1b[0m", "").replace(colour or "\x1b", "") == progress(case(1, status), 1, 1, 1.0)
+        assert colour in line
+        assert ("\x1b" in line) == bool(colour)
+
+
+def test_colours_are_for_a_terminal_and_green_for_a_level_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
     green = "\x1b[32m"
     assert "\x1b" not in table(mixed())
     assert "\x1b[31m" in table(mixed(), tty=True)
@@ -862,12 +973,53 @@ def test_write_puts_its_files_and_nothing_else(tmp_path: Path) -> None:
         assert [path.name for path in directory.iterdir()] == [".lock"]
     assert list(directory.iterdir()) == []
     files = {"report.json", "junit.xml", "ctrf.json", "summary.md"}
-    assert {path.name for path in write(mixed(), directory)} == files
-    assert {path.name for path in directory.iterdir()} == files
+    failed = {f"{row.id}.txt" for row in mixed().cases if row.status in (F, E, X)}
+    assert {path.name for path in write(mixed(), directory)} == files | failed
+    assert {path.name for path in directory.iterdir()} == files | {"failed"}
+    assert {path.name for path in (directory / "failed").iterdir()} == failed
     assert load(directory / "report.json") == mixed()
     assert (directory / "junit.xml").read_text("utf-8") == junit(mixed())
     assert (directory / "ctrf.json").read_text("utf-8") == ctrf(mixed())
     assert (directory / "summary.md").read_text("utf-8") == summary(mixed())
+
+
+def test_the_text_of_a_failure_is_whole_and_escaped_and_goes_with_the_next_run(tmp_path: Path) -> None:
+    row = case(1, F, reason="wrong " * 1000, traceback="File kernel.py\n  \x1b[31mraise\n")
+    write(report([row]), tmp_path)
+    text = (tmp_path / "failed" / f"{row.id}.txt").read_text("utf-8")
+    assert text == (
+        f"id: {row.id}\nstatus: FAIL\nrule: certificate\ntests: {row.why}\nreason: {row.reason}\nhazards: boundary, paging\n"
+        f'metrics: {{"margin": 1.5, "missed": 0}}\nkept: failed/x.npz\nrun: {row.reproducer}\n'
+        "traceback:\nFile kernel.py\n  \\x1b[31mraise\n\n"
+    )
+    clear(tmp_path)
+    assert [*(tmp_path / "failed").iterdir()] == []
+
+
+def test_no_dashboard_gets_a_reason_of_any_length() -> None:
+    source = report([case(1, F, reason="long " * 20_000), case(2, E, reason="long " * 20_000)])
+    assert all(len(face(source)) < 20_000 for face in (summary, junit, ctrf))
+
+
+def test_a_report_from_before_tracebacks_can_be_read(tmp_path: Path) -> None:
+    document = data(mixed())
+    for row in document["cases"]:
+        del row["traceback"]
+    (tmp_path / "report.json").write_text(json.dumps(document), "utf-8")
+    assert load(tmp_path / "report.json") == mixed()
+
+
+def test_a_traceback_begins_in_the_backend_and_is_cut_in_its_middle() -> None:
+    def backend() -> None:
+        raise RuntimeError("x" * (2 * trace.CHARACTERS))
+
+    try:
+        backend()
+    except RuntimeError as exc:
+        text = trace.raised(exc)
+    assert "in backend" in text
+    assert len(text) < trace.CHARACTERS + 100
+    assert "characters are left out" in text
 
 
 @pytest.mark.parametrize("function", ["replace", "fsync"])
@@ -875,7 +1027,7 @@ def test_a_write_that_fails_leaves_the_old_report_and_nothing_else(
     function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(report(), tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.*")}
 
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -883,10 +1035,11 @@ def test_a_write_that_fails_leaves_the_old_report_and_nothing_else(
     monkeypatch.setattr(os, function, fail)
     with pytest.raises(ReportDirectoryError, match="No space left on device"):
         write(mixed(), tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.*")} == before
+    assert [*tmp_path.glob("failed/*")] == []
     monkeypatch.undo()
     write(mixed(), tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} != before
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.*")} != before
 
 
 @pytest.mark.parametrize("below", ["file", "file/below"])

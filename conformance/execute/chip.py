@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dsa_portable import registry
-from dsa_portable.conformance.execute import recording
+from dsa_portable.conformance.execute import recording, trace
 from dsa_portable.conformance.execute.declaration import DeclarationError
 from dsa_portable.conformance.execute.emulation import EmulationError
 from dsa_portable.conformance.execute.process import Process, ProcessLost
@@ -103,7 +103,7 @@ class Chip:
         except ProcessLost as exc:
             if self.closed:
                 raise
-            found = Recording(case, "error", str(exc), folder=self.folder)
+            found = Recording(case, "error", str(exc), traceback=trace.last_words(self.log), folder=self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)  # a backend may have removed it
             recording.save(self.folder, found)
         self.peak_memory = max(self.peak_memory, found.peak_memory)

@@ -58,6 +58,7 @@ class Recording:
     calls: int = 0
     inputs_sha256: str = ""
     outputs_sha256: str | None = None
+    traceback: str = ""  # of an error: what was raised where, or the last words of a process that died
     peak_memory: int = 0  # of the process, in bytes
     folder: Path | None = field(default=None, compare=False)
 
@@ -115,7 +116,7 @@ def load(folder: Path, case: str) -> Recording | None:
 
 def _sound(found: Recording) -> bool:
     """Whether each field is what it should be: it was written by a process in which a backend can have changed anything."""
-    texts = (found.reason, found.capability, found.inputs_sha256, *found.changed_inputs)
+    texts = (found.reason, found.capability, found.inputs_sha256, found.traceback, *found.changed_inputs)
     seconds = 0.0 if found.seconds is None else found.seconds
     return (
         found.status in ("done", "unsupported", "malformed", "error")

@@ -29,7 +29,7 @@ from dsa_portable.conformance import hosts, lists
 from dsa_portable.conformance.cases.call import Call, Outputs, drive, sha256_of
 from dsa_portable.conformance.cases.catalogue import CASES
 from dsa_portable.conformance.cases.surroundings import STRIDES
-from dsa_portable.conformance.execute import arrays_file, declaration, emulation, recording
+from dsa_portable.conformance.execute import arrays_file, declaration, emulation, recording, trace
 from dsa_portable.conformance.execute.declaration import DeclarationError
 from dsa_portable.conformance.execute.emulation import EmulationError
 from dsa_portable.conformance.execute.process import end_with_parent, peak_memory
@@ -218,10 +218,10 @@ def main() -> None:
             with np.errstate(all="ignore"):
                 worker.run(case)
         except MemoryError as exc:
-            recording.save(folder, Recording(case, "error", f"out of memory: {exc}"))
+            recording.save(folder, Recording(case, "error", f"out of memory: {exc}", traceback=trace.raised(exc)))
         except Exception as exc:
             print(traceback.format_exc(), file=sys.stderr)
-            recording.save(folder, Recording(case, "error", f"{type(exc).__name__}: {exc}"))
+            recording.save(folder, Recording(case, "error", f"{type(exc).__name__}: {exc}", traceback=trace.raised(exc)))
         answer({"case": case}, question["token"])
 
 

@@ -25,6 +25,8 @@ from dsa_portable.conformance.report.schema import CaseResult
 from dsa_portable.profile import Profile
 
 Reference: TypeAlias = IndexReference | AttendReference
+# An ERROR says less of its inputs than a FAIL, so that large ones, which the case makes again, are not kept.
+ERROR_BYTES = 256 << 20
 
 
 def reference_of(
@@ -136,8 +138,9 @@ def examine(case: Case, recording: Recording, subject: Subject) -> Judgement:
         vacuous_rows=verdict.vacuous_rows,
         seconds=recording.seconds,
         outputs_sha256=recording.outputs_sha256,
+        traceback=recording.traceback if verdict.status == "ERROR" else "",
     )
-    return Judgement(row, _worth_keeping(calls, outputs, verdict) if verdict.status == "FAIL" else {})
+    return Judgement(row, _worth_keeping(calls, outputs, verdict))
 
 
 def _verdict(
@@ -164,6 +167,10 @@ def _verdict(
 
 
 def _worth_keeping(calls: Sequence[Call], outputs: Sequence[Outputs], verdict: Verdict) -> dict[str, np.ndarray[Any, Any]]:
+    """Of a FAIL and an ERROR: inputs and batch, outputs where there are any, and what the rule that was broken adds."""
+    size = sum(array.nbytes for call in calls for arrays in (call.arrays, call.batch) for array in arrays.values())
+    if verdict.status not in ("FAIL", "ERROR") or (verdict.status == "ERROR" and size > ERROR_BYTES):
+        return {}
     kept: dict[str, np.ndarray[Any, Any]] = {}
     for i, call in enumerate(calls):
         step = "" if len(calls) == 1 else f"{i}."

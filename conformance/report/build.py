@@ -56,8 +56,10 @@ def report_of(
         device=DeviceRef(**{**asdict(subject.device), "versions": dict(subject.device.versions)}),
         environment=environment.fingerprint(),
         run=run,
-        exit_code=cast(Literal[0, 1, 3], schema.exit_code_of(rows)),
-        verdict=schema.verdict_of(rows, list_name=frozen.name, evidence=evidence, chip=subject.device.chip, level=level),
+        exit_code=cast(Literal[0, 1, 3], schema.exit_code_of(rows, run.selected)),
+        verdict=schema.verdict_of(
+            rows, list_name=frozen.name, evidence=evidence, chip=subject.device.chip, level=level, selected=run.selected
+        ),
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 from typing import Any, Final
 
 from dsa_portable.conformance.report.schema import CaseResult, Report, Status
-from dsa_portable.conformance.report.text import details, one_line, suite_name
+from dsa_portable.conformance.report.text import cut, details, one_line, suite_name
 
 SPEC_VERSION: Final = "0.0.0"
 # CTRF's `pending` and `other` have no case: nothing is left waiting, and WAIVED is neither a pass nor news.
@@ -78,7 +78,7 @@ def _test(report: Report, case: CaseResult) -> dict[str, Any]:
         "extra": case.model_dump(mode="json", include=_EXTRA),
     }
     if case.status is not Status.PASS:
-        test |= {"message": one_line(f"{case.status}: {case.reason}"), "trace": details(case)}
+        test |= {"message": one_line(f"{case.status}: {cut(case.reason)}"), "trace": details(case)}
     if case.artefact is not None:
         # An .npz is a zip file.
         kept = {"name": PurePosixPath(case.artefact).name, "contentType": "application/zip", "path": case.artefact}

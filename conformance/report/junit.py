@@ -14,7 +14,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from dsa_portable.conformance.report.schema import CaseResult, Report, Status, tally
-from dsa_portable.conformance.report.text import details, one_line, suite_name
+from dsa_portable.conformance.report.text import cut, details, one_line, suite_name
 
 _Key = tuple[str, str, str]
 # JUnit knows three outcomes beside success; WAIVED is among the skipped, because it is neither a pass nor news.
@@ -58,7 +58,7 @@ def _case(suite: ElementTree.Element, case: CaseResult, classname: str) -> None:
     if case.status not in _ELEMENT:
         _element(element, "system-out").text = written
         return
-    outcome = _element(element, _ELEMENT[case.status], message=one_line(f"{case.status}: {case.reason}"))
+    outcome = _element(element, _ELEMENT[case.status], message=one_line(f"{case.status}: {cut(case.reason)}"))
     outcome.text = written
     if outcome.tag != "skipped":
         outcome.set("type", case.status.value)

@@ -6,11 +6,10 @@ import re
 from collections.abc import Iterator, Sequence
 
 from dsa_portable.conformance.report.schema import FAILING, NOTES, CaseResult, Report, Status
-from dsa_portable.conformance.report.text import grouped, one_line, outside, rows_shown, tried
+from dsa_portable.conformance.report.text import REASON_SHOWN, grouped, one_line, outside, rows_shown, tried
 
 # Summary pages are cut at a fixed size; report.json holds every failure.
 _FAILURES_SHOWN = 50
-_REASON_SHOWN = 600
 
 
 def summary(report: Report) -> str:
@@ -60,7 +59,7 @@ def _claimed(report: Report) -> Iterator[str]:
     ]
     yield _table(("Operator", "Format", "Phase", "Envelope", "Level", "Why none", "Tried"), rows)
     yield "\n".join(
-        f"- {_text(status.value)}, {count} x {_text(reason, _REASON_SHOWN)}"
+        f"- {_text(status.value)}, {count} x {_text(reason, REASON_SHOWN)}"
         for status in (Status.UNSUPPORTED, Status.NOT_RUN, Status.WAIVED)
         for reason, count in grouped(report.cases, status)
     )
@@ -78,7 +77,7 @@ def _failures(report: Report) -> Iterator[str]:
 def _failure(case: CaseResult) -> str:
     kept = f" Kept: {_text(case.artefact)}." if case.artefact else ""
     return (
-        f"**{case.status} {_text(case.id)}**: {_text(case.reason, _REASON_SHOWN)}\n\n"
+        f"**{case.status} {_text(case.id)}**: {_text(case.reason, REASON_SHOWN)}\n\n"
         # Indented, not fenced: no text can end an indented block early.
         f"Tests: {_text(case.why)}{kept}\n\n    {one_line(case.reproducer)}"
     )

@@ -26,6 +26,7 @@ def row_of(
     vacuous_rows: int | None = None,
     seconds: float | None = None,
     outputs_sha256: str | None = None,
+    traceback: str = "",
 ) -> CaseResult:
     """The row of a case of the subject's list."""
     frozen = lists.load(subject.list_name)
@@ -42,6 +43,7 @@ def row_of(
         status=Status(status),
         rule=rule,
         reason=reason,
+        traceback=traceback,
         metrics=dict(metrics or {}),
         selective_rows=selective_rows,
         vacuous_rows=vacuous_rows,

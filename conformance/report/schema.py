@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Final, Literal
@@ -191,6 +191,7 @@ class CaseResult(_Model):
     status: Status
     rule: Named | None = Field(description="The first rule of docs/judging.md that a FAIL broke; null for every other status")
     reason: Text = Field(description="Empty for PASS; otherwise one sentence")
+    traceback: Text = Field(default="", description="Of an ERROR: what was raised where, or a dead process's last words")
     metrics: Metrics = Field(description='NaN and infinities are the strings "nan", "inf" and "-inf"')
     selective_rows: NonNegativeInt | None = Field(description="Index: rows that see more keys than topk")
     vacuous_rows: NonNegativeInt | None = Field(description="Index: rows that see no more; they prove nothing about selection")
@@ -198,7 +199,7 @@ class CaseResult(_Model):
     inputs_sha256: Sha256
     outputs_sha256: Sha256 | None
     artefact: Relative | None = Field(
-        description="A failed case's inputs, output and bound: an .npz below the report directory"
+        description="An .npz below the report directory: of a FAIL inputs, outputs and bound, of an ERROR inputs"
     )
     reproducer: Line = Field(description="One command line")
     attempts: list[Attempt] = Field(default=[], description="Earlier outcomes, where the run was resumed and asked again")
@@ -346,6 +347,9 @@ class Run(_Model):
     passes: NonNegativeInt = Field(default=1, description="How often each case that passed was run, in processes of their own")
     timeout_scale: PositiveFloat
     workers_replaced: NonNegativeInt
+    selected: NonNegativeInt | None = Field(
+        default=None, description="Cases of the list that were asked for; null: all of them"
+    )
 
 
 # In the body of Report the name `list` is a field, so its lists are named out here.
@@ -381,6 +385,7 @@ class Report(_Model):
                     {
                         "claims": {"minItems": 1, "items": {"properties": {"level": {"type": "string"}}}},
                         "exit_code": {"const": 0},
+                        "run": {"properties": {"selected": {"type": "null"}}},
                     },
                 ),
                 _when({"evidence": {"const": "COMPILE-ONLY"}}, {"list": {"properties": {"executed": {"const": 0}}}}),
@@ -395,6 +400,13 @@ class Report(_Model):
                         "list": {"properties": {"executed": {"minimum": 1}}},
                     },
                     {"exit_code": {"const": 0}},
+                ),
+                _when({"list": {"properties": {"executed": {"const": 0}}}}, {"exit_code": {"not": {"const": 0}}}),
+                _when(
+                    {
+                        "run": {"properties": {"selected": {"type": "null"}}},
+                        "cases": {"contains": {"properties": {"status": {"const": "NOT_RUN"}}}},
+                    },
                     {"exit_code": {"not": {"const": 0}}},
                 ),
             ],
@@ -416,7 +428,9 @@ class Report(_Model):
     device: DeviceRef | None
     environment: Environment
     run: Run
-    exit_code: Literal[0, 1, 3] = Field(description="0 no failure; 1 a failure; 3 nothing or not everything was executed")
+    exit_code: Literal[0, 1, 3] = Field(
+        description="0 no failure; 1 a failure; 3 nothing, or not all that was asked for, was executed"
+    )
     verdict: Line
 
     @model_validator(mode="after")
@@ -436,6 +450,9 @@ class Report(_Model):
             )
         if self.list.executed != executed(self.cases):
             raise ValueError(f"list.executed is {self.list.executed}, but {executed(self.cases)} cases were executed")
+        ran, selected = len(self.cases) - self.counts[Status.NOT_RUN], self.run.selected
+        if selected is not None and not ran <= selected < len(self.cases):
+            raise ValueError(f"run.selected is {selected}, but {ran} of {len(self.cases)} cases were run; null is all of them")
         return self
 
     @model_validator(mode="after")
@@ -460,17 +477,25 @@ class Report(_Model):
 
     @model_validator(mode="after")
     def _concluded(self) -> Report:
-        if self.exit_code != (code := exit_code_of(self.cases)):
+        if self.exit_code != (code := exit_code_of(self.cases, self.run.selected)):
             raise ValueError(f"exit_code is {self.exit_code}, but the cases give {code}")
-        if self.level is not None and self.exit_code:
-            raise ValueError(f"the report has a level and exit code {self.exit_code}")
+        if self.level is not None and (self.exit_code or self.run.selected is not None):
+            asked = "" if self.run.selected is None else f", of {self.run.selected} selected cases"
+            raise ValueError(f"the report has a level and exit code {self.exit_code}{asked}")
         if self.verdict != (verdict := self._verdict()):
             raise ValueError(f"the verdict is {self.verdict!r}, but the report bears out {verdict!r}")
         return self
 
     def _verdict(self) -> str:
         chip = self.device.chip if self.device else "no device"
-        return verdict_of(self.cases, list_name=self.list.name, evidence=self.evidence, chip=chip, level=self.level)
+        return verdict_of(
+            self.cases,
+            list_name=self.list.name,
+            evidence=self.evidence,
+            chip=chip,
+            level=self.level,
+            selected=self.run.selected,
+        )
 
     def cases_of(self, key: tuple[str, str, str]) -> _Cases:
         """The cases of one (operator, format, phase), in list order."""
@@ -491,17 +516,29 @@ def executed(cases: Iterable[CaseResult]) -> int:
     return sum(case.status in EXECUTED for case in cases)
 
 
-def exit_code_of(cases: Iterable[CaseResult]) -> int:
-    """1 for any FAIL, ERROR, XPASS or FLAKY; else 3 for any NOT_RUN, or where nothing was executed; else 0."""
-    statuses = {case.status for case in cases}
-    if statuses & {*FAILING}:
+def left_out(cases: Sequence[CaseResult], selected: int | None = None) -> int:
+    """How many cases were asked for and not run; `selected`: how many of the list were asked for, None: all."""
+    unasked = 0 if selected is None else len(cases) - selected
+    return tally(cases)[Status.NOT_RUN] - unasked
+
+
+def exit_code_of(cases: Sequence[CaseResult], selected: int | None = None) -> int:
+    """1 for any FAIL, ERROR, XPASS or FLAKY; else 3 where a case asked for was not run, or none was executed; else 0."""
+    if any(case.status in FAILING for case in cases):
         return 1
-    return 3 if Status.NOT_RUN in statuses or not statuses & {*EXECUTED} else 0
+    return 3 if left_out(cases, selected) or not executed(cases) else 0
 
 
-def verdict_of(cases: Iterable[CaseResult], *, list_name: str, evidence: Evidence, chip: str, level: str | None) -> str:
+def verdict_of(
+    cases: Sequence[CaseResult],
+    *,
+    list_name: str,
+    evidence: Evidence,
+    chip: str,
+    level: str | None,
+    selected: int | None = None,
+) -> str:
     """The run in one line, which names the evidence class and says PASSED only where a level is granted."""
-    cases = [*cases]
     counts, total = tally(cases), len(cases)
     stands = f"{evidence}: {NOTES[evidence]}" if NOTES[evidence] else f"{evidence}"
     not_run = counts[Status.NOT_RUN]
@@ -510,11 +547,15 @@ def verdict_of(cases: Iterable[CaseResult], *, list_name: str, evidence: Evidenc
         return f"FAILED: {failed} of {total} cases{rest} ({stands})"
     if not executed(cases):
         return f"INCOMPLETE: none of {total} cases was executed ({stands})"
-    if not_run:
-        return f"INCOMPLETE: {not_run} of {total} cases were not run ({stands})"
+    if left := left_out(cases, selected):
+        asked = f"{total} cases" if selected is None else f"the {selected} cases asked for, of {total},"
+        return f"INCOMPLETE: {left} of {asked} were not run ({stands})"
     if level is not None and evidence is Evidence.HARDWARE:
         return f"{list_name} PASSED on {chip} ({stands})"
     beyond = f" beyond {counts[Status.WAIVED]} waived" if counts[Status.WAIVED] else ""
+    if selected is not None:
+        no_level = "" if NOTES[evidence] else "; no level is granted"
+        return f"no failure{beyond} in the {selected} case{'s' * (selected > 1)} asked for, of {total} ({stands}){no_level}"
     if evidence is Evidence.HARDWARE:
         return f"no failure{beyond} on {chip} ({stands}), but no level is granted"
     return f"no failure{beyond} ({stands})"

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 
-from dsa_portable.conformance.report.schema import EXECUTED, CaseResult, Claim, Report, Status
+from dsa_portable.conformance.report.schema import EXECUTED, FAILING, CaseResult, Claim, Report, Status
+
+# The folder of what is kept of failing cases: arrays and a text of each.
+FAILED = "failed"
+# A reason longer than this is cut wherever many stand one after another; report.json and failed/ID.txt have it whole.
+REASON_SHOWN = 600
+
+
+def escaped(text: str) -> str:
+    """The text with its lines; control characters, which a backend's message may carry to the terminal, are escaped."""
+    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
 
 
 def one_line(text: str) -> str:
-    """The text on one line; control characters, which a backend's message may carry to the terminal, are escaped."""
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in " ".join(text.split()))
+    """The text on one line, escaped."""
+    return escaped(" ".join(text.split()))
+
+
+def cut(text: str) -> str:
+    """The text, or as much of its beginning as is shown of a reason."""
+    return text if len(text) <= REASON_SHOWN else f"{text[:REASON_SHOWN]}..."
 
 
 def suite_name(report: Report, key: tuple[str, str, str]) -> str:
@@ -19,18 +35,43 @@ def suite_name(report: Report, key: tuple[str, str, str]) -> str:
     return " ".join([f"{report.evidence}:", report.backend.name, *key])
 
 
-def details(case: CaseResult) -> str:
-    """All that a dashboard's reader needs of a case, a line each."""
+# A number by itself: those of `int32` and of a case's id are names.
+_NUMBER = re.compile(r"(?<![\w.-])-?(0x[0-9a-fA-F]+|\d+(\.\d+)?(e[-+]?\d+)?)(?!\w)")
+
+
+def alike(cases: Iterable[CaseResult]) -> list[list[CaseResult]]:
+    """The failing cases by their cause, in the order of the first ones: status, rule, and the reason but for its numbers."""
+    groups: dict[tuple[object, ...], list[CaseResult]] = {}
+    for case in cases:
+        if case.status in FAILING:
+            groups.setdefault((case.status, case.rule, _NUMBER.sub("0", one_line(case.reason))), []).append(case)
+    return [*groups.values()]
+
+
+def failure_file(case: CaseResult) -> str:
+    """Where the text of a failing case lies, below the report directory."""
+    return f"{FAILED}/{case.id}.txt"
+
+
+def failure_text(case: CaseResult) -> str:
+    """All of a failing case that is no array."""
+    return escaped(f"id: {case.id}\n{details(case, case.reason)}\n")
+
+
+def details(case: CaseResult, reason: str | None = None) -> str:
+    """All that a reader needs of a case, a line each, and the traceback at the end; the reason is cut, but for one given."""
     named = {
         "status": case.status.value,
+        "rule": case.rule or "",
         "tests": case.why,
-        "reason": case.reason,
+        "reason": cut(case.reason) if reason is None else reason,
         "hazards": ", ".join(case.hazards),
         "metrics": json.dumps(case.metrics, ensure_ascii=False),
         "kept": case.artefact or "",
         "run": case.reproducer,
     }
-    return "\n".join(f"{name}: {text}" for name, text in named.items() if text)
+    lines = [f"{name}: {text}" for name, text in named.items() if text]
+    return "\n".join([*lines, *(["traceback:", case.traceback] if case.traceback else [])])
 
 
 def grouped(cases: Iterable[CaseResult], status: Status) -> list[tuple[str, int]]:

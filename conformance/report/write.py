@@ -1,4 +1,4 @@
-"""A run's four files, each there whole or not at all: written aside, flushed to the disk, then renamed."""
+"""A run's four files and its failures' texts, each there whole or not at all: written aside, flushed, then renamed."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import BinaryIO
 from dsa_portable.conformance.report.ctrf import ctrf
 from dsa_portable.conformance.report.junit import junit
 from dsa_portable.conformance.report.markdown import summary
-from dsa_portable.conformance.report.schema import Report, to_json
+from dsa_portable.conformance.report.schema import FAILING, Report, to_json
+from dsa_portable.conformance.report.text import FAILED as FAILED
+from dsa_portable.conformance.report.text import failure_file, failure_text
 from dsa_portable.errors import DSAError
 
 # report.json comes last: where it is new, the others are.
 FILES = {"junit.xml": junit, "ctrf.json": ctrf, "summary.md": summary, "report.json": to_json}
 # What the run that goes on in a directory holds.
 LOCK = ".lock"
-# The folder of failed cases' arrays, a .npz each.
-FAILED = "failed"
 # The folder of what the backend answered, case by case.
 RECORDINGS = "recordings"
 
@@ -83,7 +83,8 @@ def clear(directory: Path, kept: Container[str] = ()) -> None:
     recordings = directory / RECORDINGS
     try:
         recordings.mkdir(exist_ok=True)
-        former = (*(directory / FAILED).glob("*.npz"), *(path for path in recordings.iterdir() if path.stem not in kept))
+        failed = (path for kind in ("npz", "txt") for path in (directory / FAILED).glob(f"*.{kind}"))
+        former = (*failed, *(path for path in recordings.iterdir() if path.stem not in kept))
         for path in (*(directory / name for name in FILES), *former):
             path.unlink(missing_ok=True)
     except OSError as error:
@@ -91,9 +92,18 @@ def clear(directory: Path, kept: Container[str] = ()) -> None:
 
 
 def write(report: Report, directory: Path) -> list[Path]:
-    """Write report.json, junit.xml, ctrf.json and summary.md over what a former run left. Raises ReportDirectoryError."""
+    """Write report.json, junit.xml, ctrf.json and summary.md over what a former run left, and a text of each failing case.
+
+    Raises ReportDirectoryError.
+    """
+    failing = {failure_file(case): failure_text(case) for case in report.cases if case.status in FAILING}
+    if failing:
+        try:
+            (directory / FAILED).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unwritable(directory, error) from error
     # All are made before the first is put in place, so that a fault in one face, or a full disk, changes nothing.
-    return write_texts(directory, {name: face(report) for name, face in FILES.items()})
+    return write_texts(directory, failing | {name: face(report) for name, face in FILES.items()})
 
 
 def write_texts(directory: Path, named: Mapping[str, str]) -> list[Path]:
