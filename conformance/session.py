@@ -27,6 +27,7 @@ from dsa_portable.conformance.report.build import report_of
 from dsa_portable.conformance.report.evidence import evidence_of
 from dsa_portable.conformance.report.outcomes import FILE, Outcomes
 from dsa_portable.conformance.report.schema import FAILING, CaseResult, Evidence, Report, Run
+from dsa_portable.conformance.report.waivers import Waivers, applied
 from dsa_portable.deprecated import renamed
 from dsa_portable.errors import BackendError, DSAError
 
@@ -50,6 +51,8 @@ def run(
     level: str | None = None,
     tty: bool = False,
     fail_fast: bool = False,
+    waivers: Path | None = None,
+    certify: bool = False,
 ) -> Report:
     """Run a frozen list on a backend and write report.json, ctrf.json, junit.xml and summary.md into `out`; returns the report.
 
@@ -59,11 +62,16 @@ def run(
     jobs: processes that judge, else one for each core.  timeout_scale: multiplies every limit.
     emulate: the chip that the backend stands in for, else DSA_EMULATE; evidence is then EMULATED.  level: was list's name.
     tty: `say` writes to a terminal, which shows colours and may be narrow.  fail_fast: stop after the first failure.
-    Raises, before any case runs, UsageError, ListError, EmulationError, ResumeError, ReportDirectoryError, DeclarationError or
-    BackendError.
+    waivers: a vendor's file of failures that he knows of (report/waivers.py).  certify: refuse a suite that was changed.
+    Raises, before any case runs, UsageError, WaiverError, ListError, EmulationError, ResumeError, ReportDirectoryError,
+    DeclarationError or BackendError.
     """
     if not (timeout_scale > 0 and math.isfinite(timeout_scale)):
         raise UsageError(f"--timeout-scale is {timeout_scale}, but a positive number is accepted; pass one.")
+    if certify and (changed := environment.fingerprint().suite_dirty) is not False:
+        why = "has changes that are not committed" if changed else "is not known to be that of a commit"
+        raise UsageError(f"the suite {why}, but a certificate is of one that is; run it from a release or a clean checkout.")
+    excused = Waivers(waivers) if waivers is not None else None
     list = renamed("run(level=)", "run(list=)", level, list)
     frozen, requested, folder = lists.load(list), registry.requested(backend), Path(out) / write.RECORDINGS
     # Found by its name alone: a backend's own code runs in its own process, and nowhere else.
@@ -87,7 +95,7 @@ def run(
                 outcomes = outcomes_so_far(subject, folder, again, judges) if resume else Outcomes(folder)
                 write.clear(Path(out), {*kept, *([Path(FILE).stem] if resume else [])})
                 recording.save_subject(folder, subject)
-                session = _Session(subject, wanted, kept, chip, judges, outcomes, say, tty, fail_fast)
+                session = _Session(subject, wanted, kept, chip, judges, outcomes, say, tty, fail_fast, excused)
                 say(terminal.header(session.report(command, timeout_scale), tty=tty))
                 session.run()
                 report = session.report(command, timeout_scale)
@@ -108,6 +116,7 @@ class _Session:
     say: Callable[[str], None]
     tty: bool = False
     fail_fast: bool = False
+    waivers: Waivers | None = None
     recordings: dict[str, Recording] = field(default_factory=dict)
     rows: dict[str, CaseResult] = field(default_factory=dict)
     interrupted: bool = False
@@ -167,7 +176,9 @@ class _Session:
             passes=self.passes,
             timeout_scale=timeout_scale,
             workers_replaced=self.chip.replaced,
+            waivers=self.waivers.name if self.waivers else "",
             selected=asked if (asked := len({*self.wanted, *self.kept})) < len(self.cases) else None,
         )
         why = {id: (self.stopped or "not yet run") if id in self.wanted else "not asked for" for id in self.cases}
-        return report_of(self.subject, self.recordings, self.rows, why, run)
+        rows = applied(self.waivers, self.rows, finished.date())
+        return report_of(self.subject, self.recordings, rows, why, run)

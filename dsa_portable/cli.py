@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from traceback import print_exception
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import dsa_portable
 from dsa_portable import asking, registry
@@ -71,29 +71,17 @@ def _parser() -> argparse.ArgumentParser:
     backends.set_defaults(run=_backends)
 
     run = commands.add_parser("conformance", help="run the conformance suite on a backend and write its report")
-    run.add_argument("--backend", help="name; default: DSA_BACKEND, else cpu")
-    run.add_argument(
-        "--list",
-        default="core",
-        metavar="NAME",
-        help="the list to run: core-2026.11 or another release, or a family (smoke, core, deterministic, full, parts)",
-    )
-    run.add_argument("--level", help=argparse.SUPPRESS)  # the name that --list had; it goes in 0.2.0
-    run.add_argument("--out", type=Path, help="report directory (default dsa-report, with --case dsa-report-case)")
-    run.add_argument(
-        "--case",
-        action="append",
-        default=[],
-        metavar="ID",
-        help="run this case alone, or those that a pattern matches; may be repeated",
-    )
-    run.add_argument("--list-cases", action="store_true", help="print the list's case ids and what each is for, and stop")
-    run.add_argument("--fail-fast", action="store_true", help="stop after the first FAIL or ERROR")
-    run.add_argument("--resume", action="store_true", help="go on with the interrupted run in the report directory")
-    run.add_argument("--timeout-scale", type=float, default=1.0, metavar="X", help="multiply every time limit")
-    run.add_argument("--jobs", type=int, metavar="N", help="processes that judge (default: one for each core)")
-    run.add_argument("--emulate", metavar="CHIP", help="let the backend stand in for a chip; the evidence is then EMULATED")
-    run.set_defaults(run=_conformance)
+    _add_selection(run)
+    run.set_defaults(run=_conformance, waivers=None)
+
+    ci = commands.add_parser("ci", help="the same for a vendor's own CI: failures that he knows of are waived, new ones block")
+    _add_selection(ci)
+    ci.add_argument("--waivers", type=Path, required=True, metavar="FILE", help="TOML: id, owner, reason, issue, expires")
+    ci.set_defaults(run=_conformance)
+
+    certify = commands.add_parser("certify", help="the same for a certificate: whole, of a clean tree, with no waivers")
+    _add_run(certify)
+    certify.set_defaults(run=_certify)
 
     selftest = commands.add_parser("selftest", help="plant every known fault and see which case kills it; runs no backend")
     selftest.add_argument("--fault", action="append", default=[], metavar="CODE", help="this fault alone; may be repeated")
@@ -131,6 +119,37 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    """What every run can be told."""
+    parser.add_argument("--backend", help="name; default: DSA_BACKEND, else cpu")
+    parser.add_argument(
+        "--list",
+        default="core",
+        metavar="NAME",
+        help="the list to run: core-2026.11 or another release, or a family (smoke, core, deterministic, full, parts)",
+    )
+    parser.add_argument("--out", type=Path, help="report directory (default dsa-report, with --case dsa-report-case)")
+    parser.add_argument("--timeout-scale", type=float, default=1.0, metavar="X", help="multiply every time limit")
+    parser.add_argument("--jobs", type=int, metavar="N", help="processes that judge (default: one for each core)")
+
+
+def _add_selection(parser: argparse.ArgumentParser) -> None:
+    """And one that need not be all of it."""
+    _add_run(parser)
+    parser.add_argument("--level", help=argparse.SUPPRESS)  # the name that --list had; it goes in 0.2.0
+    parser.add_argument(
+        "--case",
+        action="append",
+        default=[],
+        metavar="ID",
+        help="run this case alone, or those that a pattern matches; may be repeated",
+    )
+    parser.add_argument("--list-cases", action="store_true", help="print the list's case ids and what each is for, and stop")
+    parser.add_argument("--fail-fast", action="store_true", help="stop after the first FAIL or ERROR")
+    parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in the report directory")
+    parser.add_argument("--emulate", metavar="CHIP", help="let the backend stand in for a chip; the evidence is then EMULATED")
+
+
 # A closed terminal, Ctrl-C, and a CI job that is cancelled.
 _ENDS = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGINT", "SIGTERM") if hasattr(signal, name))
 
@@ -159,25 +178,38 @@ def _conformance(options: argparse.Namespace) -> int:
         for case_id in lists.load(options.list).cases:
             print(f"{case_id}\n    {catalogue.CASES[case_id].why} [{', '.join(catalogue.CASES[case_id].hazards)}]")
         return 0
-    _end_with_a_report()
-    if registry.requested(options.backend) is None:
-        print("no backend named (--backend, DSA_BACKEND): this run is of the cpu backend")
-    report = importlib.import_module("dsa_portable.conformance").run(
-        backend=options.backend,
-        list=options.list,
+    report = _report(
+        options,
         # A rerun of one case must not replace the report that named it.
         out=options.out or Path("dsa-report-case" if options.case else "dsa-report"),
         cases=options.case,
         resume=options.resume,
+        emulate=options.emulate,
+        fail_fast=options.fail_fast,
+        waivers=options.waivers,
+    )
+    return int(report.exit_code)
+
+
+def _certify(options: argparse.Namespace) -> int:
+    report = _report(options, out=options.out or Path("dsa-report"), certify=True)
+    return int(report.exit_code) or (0 if report.level else INCOMPLETE)
+
+
+def _report(options: argparse.Namespace, **run: Any) -> Any:
+    _end_with_a_report()
+    if registry.requested(options.backend) is None:
+        print("no backend named (--backend, DSA_BACKEND): this run is of the cpu backend")
+    return importlib.import_module("dsa_portable.conformance").run(
+        backend=options.backend,
+        list=options.list,
         jobs=options.jobs,
         timeout_scale=options.timeout_scale,
-        emulate=options.emulate,
         say=lambda line: print(line, flush=True),
         command=shlex.join(["dsa-portable", *sys.argv[1:]]),
         tty=sys.stdout.isatty(),
-        fail_fast=options.fail_fast,
+        **run,
     )
-    return int(report.exit_code)
 
 
 def _honest(options: argparse.Namespace) -> int:

@@ -25,7 +25,7 @@ from typing import Any
 # How often a process that is waited for is looked at: one that died while a child of its own holds its pipe is noticed so.
 LOOK_SECONDS = 0.2
 # What everything that a process starts inherits, and is known by when it has left the process's session.
-MARK = "DSA_PORTABLE_PROCESS"
+MARK = "_DSA_PORTABLE_PROCESS"
 _PR_SET_PDEATHSIG = 1
 
 

@@ -347,6 +347,7 @@ class Run(_Model):
     passes: NonNegativeInt = Field(default=1, description="How often each case that passed was run, in processes of their own")
     timeout_scale: PositiveFloat
     workers_replaced: NonNegativeInt
+    waivers: Text = Field(default="", description="The file of waivers and the first digits of its sha256; empty: none")
     selected: NonNegativeInt | None = Field(
         default=None, description="Cases of the list that were asked for; null: all of them"
     )
