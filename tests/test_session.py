@@ -982,6 +982,12 @@ def test_a_failure_is_kept_and_can_be_run_again(tmp_path: Path) -> None:
     assert kept["outputs.indices"].shape == kept["outputs.scores"].shape == (7, 2048)
     assert kept["judged.true_scores"].shape == kept["judged.bound"].shape
     assert f"kept    {row.artefact}" in done.stdout
+    shown = plugins.dsa_portable(tmp_path, "show", Path("out", row.artefact))
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert f"status  FAIL, rule {row.rule}\n" in shown.stdout
+    at = int(kept["judged.row"])
+    place = re.search(rf"outputs\.(scores|indices)\[{at}.*: [1-9]\d* .*\n +(position|\[)", shown.stdout)
+    assert place, shown.stdout
     again = subprocess.run(
         row.reproducer,
         shell=True,
