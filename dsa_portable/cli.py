@@ -1,4 +1,4 @@
-"""The `dsa-portable` command: which backends there are, the conformance run, rates, kernels built, the ONNX export.
+"""The `dsa-portable` command: which backends there are, the conformance run and what it kept, rates, kernels, the ONNX export.
 
 An error is one line and an exit code: 0 no failure; 1 a failure; 2 usage or harness; 3 nothing executed, or not
 all that was asked for; 4 backend unavailable.
@@ -82,6 +82,10 @@ def _parser() -> argparse.ArgumentParser:
     certify = commands.add_parser("certify", help="the same for a certificate: whole, of a clean tree, with no waivers")
     _add_run(certify)
     certify.set_defaults(run=_certify)
+
+    show = commands.add_parser("show", help="tell what is kept of a failed case: arrays, and where expected and got differ")
+    show.add_argument("file", type=Path, metavar="FILE", help="failed/ID.npz of a report directory")
+    show.set_defaults(run=_show)
 
     selftest = commands.add_parser("selftest", help="plant every known fault and see which case kills it; runs no backend")
     selftest.add_argument("--fault", action="append", default=[], metavar="CODE", help="this fault alone; may be repeated")
@@ -210,6 +214,11 @@ def _report(options: argparse.Namespace, **run: Any) -> Any:
         tty=sys.stdout.isatty(),
         **run,
     )
+
+
+def _show(options: argparse.Namespace) -> int:
+    print(importlib.import_module("dsa_portable.conformance.report.show").show(options.file))
+    return 0
 
 
 def _honest(options: argparse.Namespace) -> int:

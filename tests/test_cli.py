@@ -99,6 +99,13 @@ BAD: dict[str, tuple[Sequence[str], dict[str, str], int, str]] = {
         "backend 'cpu' emulates none, but --emulate chip9 was passed; name one of them.",
     ),
     "nothing to resume": ((*RUN, "--resume", "--out", "."), {}, 2, r"\. holds no interrupted run, but --resume was passed"),
+    "show of nothing": (
+        ("show", "failed/x.npz"),
+        {},
+        2,
+        "failed/x.npz is not what a run kept of a failed case; pass",
+    ),
+    "show of a text": (("show", "file"), {}, 2, "file is not what a run kept of a failed case; pass failed/ID.npz of a report"),
     "export below a file": (
         ("export", "onnx", "file/models"),
         {},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -23,7 +24,7 @@ from dsa_portable.conformance.cases.catalogue import CASES as CASES_BY_ID
 from dsa_portable.conformance.cases.lightning_index import IndexCase
 from dsa_portable.conformance.execute import arrays_file, recording
 from dsa_portable.conformance.judging.again import ASKED_AGAIN
-from dsa_portable.conformance.judging.judge import judge
+from dsa_portable.conformance.judging.judge import examine, judge
 from dsa_portable.conformance.report import schema
 from dsa_portable.conformance.report.schema import Evidence, Report, Status
 from dsa_portable.conformance.selftest.plant import FileEdit, PlantError
@@ -1048,6 +1049,12 @@ def test_a_failure_is_kept_and_can_be_run_again(tmp_path: Path) -> None:
     assert kept["outputs.indices"].shape == kept["outputs.scores"].shape == (7, 2048)
     assert kept["judged.true_scores"].shape == kept["judged.bound"].shape
     assert f"kept    {row.artefact}" in done.stdout
+    shown = plugins.dsa_portable(tmp_path, "show", Path("out", row.artefact))
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert f"status  FAIL, rule {row.rule}\n" in shown.stdout
+    at = int(kept["judged.row"])
+    place = re.search(rf"outputs\.(scores|indices)\[{at}.*: [1-9]\d* .*\n +(position|\[)", shown.stdout)
+    assert place, shown.stdout
     again = subprocess.run(
         row.reproducer,
         shell=True,
@@ -1075,7 +1082,7 @@ def test_a_run_can_stop_after_its_first_failure(tmp_path: Path) -> None:
     assert report.verdict.startswith(f"FAILED: 1 of {CASES} cases, {CASES - 1} not run ")
 
 
-def test_an_error_says_where_it_was_raised_and_keeps_its_inputs(tmp_path: Path) -> None:
+def test_an_error_says_where_it_was_raised_and_keeps_its_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The traceback begins in the plug-in; of a process that died there are its last words."""
     source = """
 def launch(grid):
@@ -1102,6 +1109,16 @@ def attend(request):
         kept = arrays_file.load(tmp_path / "out" / row.artefact)
         assert {"inputs.q", "batch.seqlens_k"} <= kept.keys()
         assert not [name for name in kept if name.startswith(("outputs.", "judged."))]
+    recordings = tmp_path / "out" / "recordings"
+    subject, found = recording.load_subject(recordings), recording.load(recordings, SMALL)
+    assert subject is not None
+    assert found is not None
+    assert examine(CASES_BY_ID[SMALL], found, subject).arrays.keys() > {"inputs.q"}
+    monkeypatch.setattr("dsa_portable.conformance.judging.judge.ERROR_BYTES", 1000)
+    assert examine(CASES_BY_ID[SMALL], found, subject).arrays == {}, "large inputs are not kept"
+    written = json.loads((recordings / f"{SMALL}.json").read_text())
+    (recordings / f"{SMALL}.json").write_text(json.dumps({**written, "traceback": 7}))
+    assert recording.load(recordings, SMALL) is None, "a backend can have written anything"
 
 
 # A case that returns scores spoils as many of the cases that follow it in the same process as SPOILT says.

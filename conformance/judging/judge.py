@@ -70,6 +70,8 @@ def judge_calls(
         if single.status != "PASS" and verdict.status == "PASS":
             where = f"call {i} of {len(calls)}: " if len(calls) > 1 else ""
             verdict.status, verdict.rule, verdict.arrays = single.status, single.rule, single.arrays
+            if where and verdict.arrays:
+                verdict.arrays["call"] = np.asarray(i)
             verdict.reason = where + single.reason + (explain(reference, found, single) if explain else "")
     if verdict.status == "PASS" and (reason := case.disagreement(calls, outputs)):
         verdict.fail("agreement", reason)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dsa_portable.conformance.cases.catalogue import CASES
-from dsa_portable.conformance.execute import arrays_file, recording
+from dsa_portable.conformance.execute import arrays_file, recording, trace
 from dsa_portable.conformance.execute.process import Process, ProcessLost, end_with_parent, peak_memory
 from dsa_portable.conformance.execute.recording import Recording, Subject
 from dsa_portable.conformance.judging.judge import examine
@@ -65,7 +65,8 @@ class Judges:
             reply = process.answer(CASE_SECONDS)
         except ProcessLost as exc:
             self.own.process = None
-            return row_of(CASES[recorded.case], subject, status="ERROR", reason=str(exc), seconds=recorded.seconds)
+            case, words = CASES[recorded.case], trace.last_words(process.log)
+            return row_of(case, subject, status="ERROR", reason=str(exc), seconds=recorded.seconds, traceback=words)
         self.peak_memory = max(self.peak_memory, reply.get("peak_memory", 0))
         if "error" in reply:
             raise JudgeError(reply["error"])

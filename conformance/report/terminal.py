@@ -34,7 +34,7 @@ def header(run: Report, *, tty: bool = False) -> str:
     ]
     asked = one_line(backend.requested) or "nothing"
     first = f"conformance of backend {backend.resolved} (asked for: {asked}), list {tests.name}, evidence {run.evidence}"
-    lines = [one_line(first), outside(run), *(_field(name, text, 10, _width(tty)) for name, text in rows)]
+    lines = [one_line(first), outside(run), *(labelled(name, text, 10, _width(tty)) for name, text in rows)]
     return "\n".join(line for line in lines if line)
 
 
@@ -101,7 +101,7 @@ def _counts(report: Report, width: int) -> str:
     lines = [_wrapped(f"{len(report.cases)} cases: {counts}", 4, width, "")]
     for status in (Status.UNSUPPORTED, Status.NOT_RUN, Status.WAIVED):
         told = [f"{count} x {cut(reason)}" for reason, count in grouped(report.cases, status)]
-        lines += [_field(status.value, text, 13, width) for text in told]
+        lines += [labelled(status.value, text, 13, width) for text in told]
     return "\n".join(filter(None, [*lines, _wrapped(rows_shown(report), 4, width, "")]))
 
 
@@ -114,7 +114,7 @@ def _failures(group: Sequence[CaseResult], tty: bool, width: int) -> str:
     rows = [("tests", first.why), ("reason", cut(one_line(first.reason))), ("also", also)]
     kept = " ".join(filter(None, [first.artefact, failure_file(first)]))
     lines = [f"{_coloured(first.status, tty)} {first.id}{count}"]
-    lines += [_field(name, text, 8, width, 2) for name, text in rows if text]
+    lines += [labelled(name, text, 8, width, 2) for name, text in rows if text]
     return "\n".join([*lines, f"  kept    {kept}", f"  run     {first.reproducer}"])
 
 
@@ -122,7 +122,8 @@ def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
 
 
-def _field(name: str, text: str, width: int, columns: int, indent: int = 0) -> str:
+def labelled(name: str, text: str, width: int, columns: int = WIDTH, indent: int = 0) -> str:
+    """A text behind its name, wrapped at so many columns."""
     return _wrapped(text, width + indent, columns, " " * indent + name.ljust(width))
 
 
