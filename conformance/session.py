@@ -145,9 +145,7 @@ class _Session:
                         asker.shutdown(cancel_futures=True)
                         break
                 ask_again(self.subject, self.rows, self.chip, self.say)
-                # A run that failed has its answer; and what is asked twice is a chip.
-                evidence, _ = evidence_of(self.subject, self.recordings, self.rows)
-                if evidence is Evidence.HARDWARE and not any(row.status in FAILING for row in self.rows.values()):
+                if not self.stopped and evidence_of(self.subject, self.recordings, self.rows)[0] is Evidence.HARDWARE:
                     second_pass(self.subject, self.rows, self.recordings, self.chip, self.judges.keep, self.say)
                     self.passes = 2
             except BackendError as exc:

@@ -202,8 +202,6 @@ def _certify(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace, **run: Any) -> Any:
     _end_with_a_report()
-    if registry.requested(options.backend) is None:
-        print("no backend named (--backend, DSA_BACKEND): this run is of the cpu backend")
     return importlib.import_module("dsa_portable.conformance").run(
         backend=options.backend,
         list=options.list,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -15,7 +15,16 @@ from dsa_portable.conformance.cases.axes import AXES, FORMATS, met
 from dsa_portable.conformance.cases.call import drive
 from dsa_portable.conformance.cases.catalogue import CASES, LISTS
 from dsa_portable.conformance.report import claims
-from dsa_portable.conformance.report.schema import NOT_GRANTED_WITH, CaseResult, Claim, Coverage, Evidence, ProfileEntry, Status
+from dsa_portable.conformance.report.schema import (
+    NOT_GRANTED_WITH,
+    Attempt,
+    CaseResult,
+    Claim,
+    Coverage,
+    Evidence,
+    ProfileEntry,
+    Status,
+)
 from dsa_portable.contract import ANY, YES, Capabilities, PerPhase
 from dsa_portable.operators import FEATURES
 from dsa_portable.profile import Profile
@@ -118,6 +127,7 @@ def row(key: Key, name: str, used: Used, capabilities: Capabilities, **changes: 
         "outputs_sha256": None,
         "artefact": None,
         "reproducer": "dsa-portable conformance",
+        "attempts": [Attempt(status=Status.FAIL, rule="tail", reason="before")] if status is Status.FLAKY else [],
     }
     return CaseResult(**(fields | changes))
 
@@ -139,7 +149,7 @@ def claim(
         if id not in without_cases:
             rows.append(row(key, id, features, capabilities, **changes.get(id.replace(",", "").replace(" ", "_"), {})))
     entry = ProfileEntry(operator=key[0], format=key[1], phase=key[2], envelope=envelope, profile=asdict(profile))
-    (found,) = claims.claims(rows, capabilities, [entry], evidence, frozen)
+    (found,) = claims.claims(rows, capabilities, [entry], evidence, frozen, 2)
     return found
 
 
@@ -176,7 +186,10 @@ def test_one_case_alone_carries_no_claim() -> None:
     narrow = plain(with_values(INDEX, heads=(32,), page_size=(128,), flat=(), k_layout=()))
     found = claim(INDEX, narrow)
     assert found.counts[Status.PASS] == 1
-    assert (found.level, found.reason) == (None, "only 1 case of the claim passed, and it takes 2: so little is declared")
+    words = f"only 1 of {len(INDEX_LIST)} cases passed, and a claim takes 2: so little is declared"
+    assert (found.level, found.reason) == (None, words)
+    newer = replace(CORE, name="core-2026.12")
+    assert claim(INDEX, narrow, frozen=newer).reason == words.replace("takes 2", "takes 5")
 
 
 def test_storage_is_declared_for_the_phase_that_has_it() -> None:
@@ -190,7 +203,7 @@ def test_storage_is_declared_for_the_phase_that_has_it() -> None:
         ProfileEntry(operator=key[0], format=key[1], phase=key[2], envelope="exact", profile=profile)
         for key in (decode, prefill)
     ]
-    found = claims.claims(rows, declared, entries, Evidence.HARDWARE, CORE)
+    found = claims.claims(rows, declared, entries, Evidence.HARDWARE, CORE, 2)
     assert [each.reason for each in found] == ["", ""]
     passed = {each.phase: [c.features for c in rows if c.phase == each.phase and c.status is Status.PASS] for each in found}
     assert all("page_size" in used for used in passed["decode"])
@@ -270,7 +283,7 @@ def test_a_required_case_that_is_not_supported() -> None:
 def test_nothing_is_proven_about_selection_without_a_selective_row() -> None:
     none = {id.replace(",", "").replace(" ", "_"): {"selective_rows": 0} for id in INDEX_LIST}
     found = claim(INDEX, **none)
-    assert found.reason == "no passed case has a selective row, so nothing is proven about selection"
+    assert found.reason == "the passed cases have 0 selective rows, and a claim takes 1, or nothing is proven"
     assert found.level is None
     assert claim(INDEX, **(none | {"scores": {"selective_rows": 1}})).level == "core-2026.11 exact"
     assert claim(ATTEND).level == "core-2026.11 exact", "attention selects nothing"
@@ -322,7 +335,7 @@ def test_a_claim_stands_or_falls_by_its_own_cases() -> None:
     rows = [row(key, id, used, EVERYTHING) for key in LIST for id, used in LIST[key].items()]
     rows[0] = row(INDEX, "flat", INDEX_LIST["flat"], EVERYTHING, status=Status.FAIL)
     profiles = [ProfileEntry(operator=k[0], format=k[1], phase=k[2], envelope="exact", profile={}) for k in (INDEX, ATTEND)]
-    index, attend = claims.claims(rows, EVERYTHING, profiles, Evidence.HARDWARE, CORE)
+    index, attend = claims.claims(rows, EVERYTHING, profiles, Evidence.HARDWARE, CORE, 2)
     assert (index.key, index.level) == (INDEX, None)
     assert (attend.key, attend.level) == (ATTEND, "core-2026.11 exact")
     assert sum(index.counts.values()) == len(INDEX_LIST)
@@ -414,7 +427,7 @@ def test_the_core_list_can_grant(core: dict[str, Used], operators: tuple[str, ..
         rows.append(row(key, id, used, capabilities, **changes))
     keys = dict.fromkeys((r.operator, r.format, r.phase) for r in rows if r.operator in operators)
     profiles = [ProfileEntry(operator=k[0], format=k[1], phase=k[2], envelope="exact", profile={}) for k in keys]
-    for found in claims.claims(rows, capabilities, profiles, Evidence.HARDWARE, CORE):
+    for found in claims.claims(rows, capabilities, profiles, Evidence.HARDWARE, CORE, 2):
         assert (found.key, found.reason) == (found.key, "")
 
 

@@ -518,7 +518,7 @@ def test_header_says_what_was_asked_for_and_what_runs() -> None:
     unasked = report(
         backend=report().backend.model_copy(update={"requested": ""}), evidence=Evidence.EMULATED, emulates="Chip 7"
     )
-    assert "(asked for: nothing)" in header(unasked)
+    assert "(asked for: nothing, so cpu)" in header(unasked)
     assert "EMULATED, emulating Chip 7:" in header(unasked)
 
 

@@ -239,7 +239,8 @@ def deed(request, answer):
         log.seek(0)
         number = len(log.readlines())
         log.write(f"{os.getpid()}\\n")
-    return DEEDS[number](request, answer)
+    # What is asked again alone, or a second time, is past them.
+    return DEEDS[number](request, answer) if number < len(DEEDS) else answer(request)
 """
     + "".join(f"\ndef deed{i}(request, answer):\n    {deed.body}\n" for i, deed in enumerate(DEEDS.values()))
     + f"\nDEEDS = [{', '.join(f'deed{i}' for i in range(len(DEEDS)))}]\n"
@@ -280,7 +281,7 @@ def test_misdeeds_cost_no_other_case(misdeeds: tuple[Run, list[int]]) -> None:
     assert done.stdout.splitlines()[-1].startswith("FAILED: ")
     assert len(seen(report)) == len(DEEDS)
     tried, again = processes[: len(DEEDS)], processes[len(DEEDS) :]
-    assert len(again) == len(set(again) - set(tried)) == ASKED_AGAIN, "alone, and what it answers then changes no verdict"
+    assert len(again) == len(set(again) - set(tried)) == ASKED_AGAIN + 1, "alone, and one of a claim without failure twice"
     replaced = [before != after for before, after in pairwise(tried)]
     assert replaced == [deed.status == "ERROR" for deed in [*DEEDS.values()][:-1]]
     assert report.run.workers_replaced == sum(replaced)
@@ -655,6 +656,17 @@ def test_other_bits_are_judged_where_no_determinism_is_declared(tmp_path: Path) 
     assert row.artefact
 
 
+def test_a_second_pass_that_is_cut_off_earns_nothing(tmp_path: Path) -> None:
+    """Its process cannot be started: every case passed, once."""
+    source = "def probe():\n    seen = Path(__file__).with_name('seen')\n    if seen.exists():\n"
+    source += "        raise DeviceUnavailable('the chip fell off the bus.')\n    seen.touch()\n    return CPU.probe()\n"
+    plugins.module(tmp_path, "tired", "probe=probe", source)
+    done, report = conformance(tmp_path, "out", "--backend", "tired", cases=[SMALL, f"{HEAD}-decode-lengths"])
+    assert {row.status for row in seen(report).values()} == {Status.PASS}
+    assert (done.returncode, report.run.passes) == (0, 1)
+    assert all(claim.level is None for claim in report.claims)
+
+
 def test_how_often_each_case_ran_stands_in_the_report(smoke: Run) -> None:
     done, report = smoke
     assert report.run.passes == 2
@@ -715,7 +727,7 @@ def test_evidence(
     assert rows(report)[SMALL].status is Status.PASS
     assert report.emulates == ("chip9" if evidence == "EMULATED" and "chip9" in reason else None)
     lines = done.stdout.splitlines()
-    assert f"evidence {'EMULATED' if evidence == 'HARDWARE' else evidence}" in lines[0]
+    assert ("evidence yet to be shown" in lines[0]) or f"evidence {evidence}" in lines[0]
     assert evidence in lines[-1]
     assert ("not run on the named chip" in lines[-1]) == (evidence != "HARDWARE")
     if report.emulates:

@@ -14,7 +14,7 @@ from pathlib import Path
 from dsa_portable.conformance.execute.chip import Chip
 from dsa_portable.conformance.execute.recording import Recording, Subject
 from dsa_portable.conformance.judging.process import Judges
-from dsa_portable.conformance.report.schema import CaseResult, Status
+from dsa_portable.conformance.report.schema import FAILING, CaseResult, Status
 
 # A line is said each time so many cases are done.
 EVERY = 250
@@ -28,11 +28,15 @@ def second_pass(
     keep: Path,
     say: Callable[[str], None],
 ) -> None:
-    """Ask every case that passed once more; where bits differ the row fails if they may not, or by what the other bits are.
+    """Ask what passed once more, but for claims that have failed already. Where bits differ the row fails if they may not, or
+    by what the other bits are.
 
     Closes the chip: two processes may not share a device. Raises BackendError where it cannot be started again.
     """
-    asked = [id for id, row in rows.items() if row.status is Status.PASS][::-1]
+    failed = {_claim(row) for row in rows.values() if row.status in FAILING}
+    asked = [id for id, row in rows.items() if row.status is Status.PASS and _claim(row) not in failed][::-1]
+    if not asked:
+        return
     say(f"second pass: {len(asked)} cases, last to first, in a new process")
     chip.close()
     with tempfile.TemporaryDirectory(prefix="dsa-portable-") as place:
@@ -53,9 +57,13 @@ def second_pass(
                     say(f"second pass: {done} of {len(asked)} cases")
 
 
+def _claim(row: CaseResult) -> tuple[str, str, str]:
+    return row.operator, row.format, row.phase
+
+
 def _judged(row: CaseResult, subject: Subject, found: Recording, judges: Judges) -> CaseResult:
     """The row of a case whose bits were others in the second pass."""
-    profile = subject.profiles.get((row.operator, row.format, row.phase))
+    profile = subject.profiles.get(_claim(row))
     if found.status == "done" and profile is not None and profile.deterministic:
         words = "deterministic is declared, but a second run of the case, in another process and order, returned other bits"
         return row.model_copy(update={"status": Status.FAIL, "rule": "agreement", "reason": words})

@@ -30,7 +30,7 @@ def report_of(
     ]
     evidence, reason = evidence_of(subject, recordings, {row.id: row for row in rows if row.id in judged})
     profiles = _profiles(subject, frozen)
-    earned = claims.claims(rows, subject.capabilities, profiles, evidence, frozen)
+    earned = claims.claims(rows, subject.capabilities, profiles, evidence, frozen, run.passes)
     level = claims.level(earned, rows, frozen)
     return Report(
         backend=BackendRef(

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dsa_portable.conformance.execute.recording import Recording, Subject
 from dsa_portable.conformance.report.schema import CaseResult, Evidence, Status
 
+# Before the first case of a run that may be of a chip.
+YET = "yet to be shown: whether its calls reach the chip"
+
 
 def evidence_of(subject: Subject, recordings: Mapping[str, Recording], rows: Mapping[str, CaseResult]) -> tuple[Evidence, str]:
     """(class, why it is that one) of the rows so far and the recordings they were judged from."""
@@ -21,7 +24,7 @@ def evidence_of(subject: Subject, recordings: Mapping[str, Recording], rows: Map
     # A call that was refused has no duration: it never went to the chip, and says nothing about those that did.
     executed = [id for id, row in rows.items() if row.status in (Status.PASS, Status.FAIL) and row.seconds is not None]
     if not rows:
-        return Evidence.EMULATED, "so far: the run has yet to show that its calls reach the chip"
+        return Evidence.EMULATED, YET
     if not executed:
         return Evidence.EMULATED, "no call has reached the chip"
     if unreached := [id for id in executed if not recordings[id].reached]:

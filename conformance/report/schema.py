@@ -551,15 +551,16 @@ def verdict_of(
     if left := left_out(cases, selected):
         asked = f"{total} cases" if selected is None else f"the {selected} cases asked for, of {total},"
         return f"INCOMPLETE: {left} of {asked} were not run ({stands})"
+    few = f", {executed(cases)} of {total} cases executed" if executed(cases) < total else ""
     if level is not None and evidence is Evidence.HARDWARE:
-        return f"{list_name} PASSED on {chip} ({stands})"
+        return f"{list_name} PASSED on {chip}{few} ({stands})"
     beyond = f" beyond {counts[Status.WAIVED]} waived" if counts[Status.WAIVED] else ""
     if selected is not None:
         no_level = "" if NOTES[evidence] else "; no level is granted"
         return f"no failure{beyond} in the {selected} case{'s' * (selected > 1)} asked for, of {total} ({stands}){no_level}"
     if evidence is Evidence.HARDWARE:
-        return f"no failure{beyond} on {chip} ({stands}), but no level is granted"
-    return f"no failure{beyond} ({stands})"
+        return f"no failure{beyond} on {chip}{few} ({stands}), but no level is granted"
+    return f"no failure{beyond}{few} ({stands})"
 
 
 # --- in and out ---

@@ -7,6 +7,7 @@ import shutil
 import textwrap
 from collections.abc import Sequence
 
+from dsa_portable.conformance.report.evidence import YET
 from dsa_portable.conformance.report.schema import FAILING, CaseResult, Report, Status
 from dsa_portable.conformance.report.text import alike, cut, failure_file, grouped, one_line, outside, rows_shown, tried
 
@@ -29,11 +30,13 @@ def header(run: Report, *, tty: bool = False) -> str:
     rows = [
         ("backend", f"{backend.name} {backend.version}, {backend.arrays} arrays, contract {backend.contract}"),
         ("chip", chip),
-        ("evidence", f"{run.evidence}{emulated}: {run.evidence_reason}"),
+        ("evidence", run.evidence_reason if run.evidence_reason == YET else f"{run.evidence}{emulated}: {run.evidence_reason}"),
         ("list", f"{tests.name}, {tests.cases} cases, sha256 {tests.sha256}"),
     ]
-    asked = one_line(backend.requested) or "nothing"
-    first = f"conformance of backend {backend.resolved} (asked for: {asked}), list {tests.name}, evidence {run.evidence}"
+    asked = one_line(backend.requested) or f"nothing, so {backend.name}"
+    # What a run will be evidence of only its calls show: the first line must not name another class than the last.
+    stands = "yet to be shown" if not tests.executed and run.evidence_reason == YET else str(run.evidence)
+    first = f"conformance of backend {backend.resolved} (asked for: {asked}), list {tests.name}, evidence {stands}"
     lines = [one_line(first), outside(run), *(labelled(name, text, 10, _width(tty)) for name, text in rows)]
     return "\n".join(line for line in lines if line)
 
