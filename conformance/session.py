@@ -66,8 +66,10 @@ def run(
     Raises, before any case runs, UsageError, WaiverError, ListError, EmulationError, ResumeError, ReportDirectoryError,
     DeclarationError or BackendError.
     """
-    if not (timeout_scale > 0 and math.isfinite(timeout_scale)):
-        raise UsageError(f"--timeout-scale is {timeout_scale}, but a positive number is accepted; pass one.")
+    if not isinstance(out, (str, Path)):
+        raise UsageError(f"out is {out!r}, but the path of a report directory is accepted; pass one.")
+    if not isinstance(timeout_scale, (int, float)) or not (timeout_scale > 0 and math.isfinite(timeout_scale)):
+        raise UsageError(f"--timeout-scale is {timeout_scale!r}, but a positive number is accepted; pass one.")
     if certify and (changed := environment.fingerprint().suite_dirty) is not False:
         why = "has changes that are not committed" if changed else "is not known to be that of a commit"
         raise UsageError(f"the suite {why}, but a certificate is of one that is; run it from a release or a clean checkout.")

@@ -42,8 +42,64 @@ def is_torch(array: object) -> bool:
 
 
 def is_array(value: object) -> bool:
-    """True for what the operators take as an array: a NumPy array or a torch tensor."""
-    return isinstance(value, np.ndarray) or is_torch(value)
+    """True for what the operators take as an array: a NumPy array, but none that would lose its mask, or a torch tensor."""
+    return (isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray)) or is_torch(value)
+
+
+def strange(array: Array) -> str:
+    """Why the array is not plain numbers in memory, and what makes it so; empty where it is, as nearly always."""
+    if not is_torch(array):
+        return ""
+    if array.layout is not sys.modules["torch"].strided:
+        return "is not stored densely; call .to_dense()"
+    return "holds its numbers with the other sign; call .resolve_neg()" if array.is_neg() else ""
+
+
+class _Memory:
+    """Where a tensor's bytes lie, as NumPy asks for it; nothing is read, which on a device nobody could."""
+
+    def __init__(self, array: Array) -> None:
+        size = array.element_size()
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (array.data_ptr(), False),
+            "shape": tuple(array.shape),
+            "strides": tuple(stride * size for stride in array.stride()),
+            "typestr": f"|V{size}",
+        }
+
+
+def _memory(array: Array) -> np.ndarray[Any, Any] | None:
+    """The array's addresses; None where it has none, as a compiler's tensor."""
+    if not is_torch(array):
+        return np.asarray(array)
+    if type(array).__name__ not in ("Tensor", "Parameter") or array.device.type == "meta" or not array.numel():
+        return None
+    return np.asarray(_Memory(array))
+
+
+def overlap(array: Array, other: Array) -> bool:
+    """Whether two arrays of one device share a byte; False where that is not found soon, or not known."""
+    one, two = _memory(array), _memory(other)
+    if one is None or two is None or not np.may_share_memory(one, two):
+        return False
+    try:
+        return np.shares_memory(one, two, max_work=10_000)  # type: ignore[arg-type]  # NumPy's stubs know two values alone
+    except np.exceptions.TooHardError:
+        return False
+
+
+def overlaps_itself(array: Array) -> bool:
+    """Whether two of the array's numbers lie in one place, as after a broadcast."""
+    found = _memory(array)
+    if found is None:
+        return False
+    reach = found.itemsize
+    for stride, size in sorted((abs(s), n) for s, n in zip(found.strides, found.shape, strict=True) if n > 1):
+        if stride < reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 def dtype_name(array: Array) -> str:

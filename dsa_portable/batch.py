@@ -131,6 +131,8 @@ class Batch:
             )
 
     def _check_integers(self) -> None:
+        if not isinstance(self.causal, (bool, np.bool_)):
+            raise InvalidArgument(f"Batch: causal is {self.causal!r}, but a bool is accepted; pass True or False.")
         page_size = as_int(self.page_size)
         if (self.block_table is None) != (self.page_size is None) or (
             self.page_size is not None and not 1 <= (page_size or 0) < MAX_PLACES

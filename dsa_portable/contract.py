@@ -7,6 +7,7 @@ default, meaning, and the features that it brings; see operators/.
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache
@@ -15,7 +16,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 import numpy as np
 
-from dsa_portable.arrays import Array, as_int, describe, device_of, dtype_name, host_as_kind, is_array, on_host
+from dsa_portable.arrays import (
+    Array,
+    as_int,
+    describe,
+    device_of,
+    dtype_name,
+    host_as_kind,
+    is_array,
+    on_host,
+    overlap,
+    overlaps_itself,
+    strange,
+)
 from dsa_portable.batch import MAX_PLACES, Batch, batch_as_kind
 from dsa_portable.errors import InvalidArgument, Unsupported
 from dsa_portable.formats import check_cache, layout
@@ -371,6 +384,13 @@ def _check_out(request: Request) -> None:
             raise InvalidArgument(f"{where}, but {dtype} {list(shape)} on {device} is accepted; allocate it so.")
         if isinstance(array, np.ndarray) and not array.flags.writeable:
             raise InvalidArgument(f"{where} and read-only, but results are written there; pass a writeable array.")
+        if overlaps_itself(array):
+            raise InvalidArgument(f"{where}, whose numbers share memory with each other; pass an array that was not broadcast.")
+        passed = [(a.name, value) for a in request.signature().arguments if (value := getattr(request, a.name)) is not None]
+        passed += [(f"out for {other}", value) for other, value in zip(results, request.out, strict=True) if value is not array]
+        for other, value in passed:
+            if overlap(array, value):
+                raise InvalidArgument(f"{where} and shares memory with {other}, which it would overwrite; pass another array.")
 
 
 def check_same_dtype(operator: str, name: str, dtype: str, q: Array) -> None:
@@ -382,6 +402,11 @@ def check_same_dtype(operator: str, name: str, dtype: str, q: Array) -> None:
 
 
 # --- checks ---
+
+
+def shown(value: object) -> str:
+    """The value in a message, cut where it is long."""
+    return reprlib.repr(value)
 
 
 def check_arrays(
@@ -400,6 +425,8 @@ def check_arrays(
         where = f"{signature.name}: {argument.name} is {describe(value)}"
         if not is_array(value):
             raise InvalidArgument(f"{where}, but a NumPy array or a torch tensor is accepted; convert it first.")
+        if why := strange(value):
+            raise InvalidArgument(f"{where} and {why}.")
         names = argument.dims(paged)
         layout_name = packed.get(argument.name)
         if value.ndim != len(names):
@@ -411,7 +438,8 @@ def check_arrays(
         elif dtype_name(value) in argument.reserved:
             raise Unsupported(f"{where}, but this contract only reserves this format; use {argument.dtypes[0]}.", "format")
         elif dtype_name(value) not in argument.dtypes:
-            raise InvalidArgument(f"{where}, but {' or '.join(argument.dtypes)} is accepted; cast it, or name its layout.")
+            cure = "cast it, or name its layout" if argument.packed_by else "cast it"
+            raise InvalidArgument(f"{where}, but {' or '.join(argument.dtypes)} is accepted; {cure}.")
         first = value if first is None else first
         if device_of(value) != device_of(first):
             raise InvalidArgument(
@@ -433,10 +461,11 @@ def check_arrays(
 
 def count(signature: Signature, name: str, value: object, dims: Mapping[str, int], largest: str = "") -> int:
     """The int >= 1 (and <= the dimension `largest`) that value is, or raise."""
-    count, upper = as_int(value), dims[largest] if largest else None
-    if count is None or count < 1 or (upper is not None and count > upper):
-        accepted = ">= 1" if upper is None else f"in 1 .. {upper}"
-        raise InvalidArgument(f"{signature.name}: {name} is {value!r}, but an int {accepted} is accepted; pass one.")
+    # Positions are int32, and so is how many of them there can be.
+    count, upper = as_int(value), dims[largest] if largest else MAX_PLACES - 1
+    if count is None or count < 1 or count > upper:
+        accepted = f"in 1 .. {upper}" if largest or (count is not None and count > upper) else ">= 1"
+        raise InvalidArgument(f"{signature.name}: {name} is {shown(value)}, but an int {accepted} is accepted; pass one.")
     return count
 
 
@@ -448,7 +477,7 @@ def scale(signature: Signature, name: str, value: Any, dims: Mapping[str, int]) 
         scale = math.inf
     if not SMALLEST_SCALE <= scale <= LARGEST_SCALE:
         raise InvalidArgument(
-            f"{signature.name}: {name} is {value!r}, but a finite float > 0, normal in float32, is accepted; pass one."
+            f"{signature.name}: {name} is {shown(value)}, but a finite float > 0, normal in float32, is accepted; pass one."
         )
     return scale
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from types import NoneType
 from typing import Any
 
 from dsa_portable import errors
@@ -127,7 +128,9 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def requested(argument: str | None = None) -> str | None:
-    """The name that was asked for, or None for auto; an empty `DSA_BACKEND` asks for nothing."""
+    """The name that was asked for, or None for auto; an empty `DSA_BACKEND` asks for nothing. Raises InvalidArgument."""
+    if not isinstance(argument, (str, NoneType)):
+        raise errors.InvalidArgument(f"backend is {argument!r}, but a name or None is accepted; pass one.")
     return argument if argument is not None else _chosen.get() or os.environ.get(VARIABLE) or None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,8 +12,9 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
+from numpy.lib.stride_tricks import as_strided
 
-from dsa_portable import Batch, DSAError, InvalidArgument, Unsupported, lightning_index, registry, sparse_attend
+from dsa_portable import Batch, DSAError, InvalidArgument, Unsupported, lightning_index, merge, registry, sparse_attend
 from dsa_portable.formats import LAYOUTS
 from dsa_portable.operators import AttendRequest, IndexRequest
 
@@ -29,6 +31,7 @@ def table(*rows: list[int]) -> NDArray:
     return np.array(rows, np.int32)
 
 
+SHARED = zeros(1000)
 INDEX: dict[str, Any] = {"q": zeros(TQ, H, D), "k": zeros(TK, D), "weights": zeros(TQ, H), "topk": 4}
 QUANTISED: dict[str, Any] = {
     **INDEX,
@@ -111,7 +114,7 @@ SCALARS: list[Refusal] = [
     *(("index", {"return_scores": v}, (f"return_scores is {v!r}", "a bool is accepted")) for v in (None, 0)),
     *(("attend", {"return_lse": v}, (f"return_lse is {v!r}", "a bool is accepted")) for v in (None, 1)),
     *(
-        ("attend", {"softmax_scale": v}, (f"softmax_scale is {v!r}", "a finite float > 0"))
+        ("attend", {"softmax_scale": v}, (f"softmax_scale is {reprlib.repr(v)}", "a finite float > 0"))
         for v in (
             math.nan,
             math.inf,
@@ -178,6 +181,16 @@ OUTS: list[Refusal] = [
         ("out for lse is bfloat16", "float32 [3, 2]"),
     ),
     ("attend", {"out": np.broadcast_to(np.float32(0), (TQ, H, 6))}, ("read-only", "a writeable array")),
+    ("attend", {"out": ATTEND["q"][:, :, :6]}, ("out for out is float32", "shares memory with q", "another array")),
+    ("index", {"out": as_strided(zeros(1, 4, dtype=np.int32), (TQ, 4), (0, 4))}, ("share memory with each other",)),
+    (
+        "attend",
+        {"out": (SHARED[: TQ * H * 6].reshape(TQ, H, 6), SHARED[: TQ * H].reshape(TQ, H)), "return_lse": True},
+        ("out for out", "shares memory with out for lse"),
+    ),
+    ("index", {"q": np.ma.masked_array(INDEX["q"], INDEX["q"] > 0)}, ("q is MaskedArray", "convert it first")),
+    ("index", {"topk": 2**31}, ("topk is 2147483648", "1 .. 2147483647")),
+    ("index", {"k_layout": []}, ("cache layout [] is not known",)),
 ]
 
 
@@ -295,6 +308,29 @@ def test_out_is_written_and_returned() -> None:
     assert found[1] is scores
     for written, new in zip((indices, scores), lightning_index(**call), strict=True):
         np.testing.assert_array_equal(written, new)
+
+
+def test_an_out_between_the_numbers_of_an_input_is_its_own() -> None:
+    wide = np.zeros((TQ, H, DQK + 6), np.float32)
+    attend = {**ATTEND, "q": wide[:, :, :DQK]}
+    assert sparse_attend(**attend, out=wide[:, :, DQK:]) is not None
+
+
+@pytest.mark.parametrize("causal", [0, 2.5, "no", None, []])
+def test_a_flag_that_is_none(causal: Any) -> None:
+    with pytest.raises(InvalidArgument, match=r"Batch: causal is .*, but a bool is accepted; pass True or False\."):
+        Batch.of([4], [64], causal=causal)
+
+
+def test_a_backend_that_is_no_name() -> None:
+    with pytest.raises(InvalidArgument, match=r"backend is \['cpu'\], but a name or None is accepted; pass one\."):
+        lightning_index(**INDEX, backend=["cpu"])
+
+
+@pytest.mark.parametrize("parts", [None, (part for part in [])])
+def test_parts_that_are_no_list(parts: Any) -> None:
+    with pytest.raises(InvalidArgument, match=r"merge: outs is .*, but a list or tuple of arrays is accepted; pass one"):
+        merge(parts, parts)
 
 
 @pytest.mark.parametrize("as_tuple", [False, True])

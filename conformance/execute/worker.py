@@ -150,7 +150,12 @@ class Worker:
         seen.reached &= worked and all(device_name(array) in self.backend.devices for array in returned)
         if len(returned) != len(results):
             raise Malformed(f"{len(returned)} arrays for {', '.join(results)}")
-        outputs = {name: np.array(get(array)) for name, array in zip(results, returned, strict=True)}
+        got = {name: get(array) for name, array in zip(results, returned, strict=True)}
+        if masked := [name for name, array in got.items() if isinstance(array, np.ma.MaskedArray)]:
+            raise Malformed(f"a masked array for {', '.join(masked)}")
+        outputs = {name: np.array(array) for name, array in got.items()}
+        if swapped := [name for name, array in outputs.items() if not array.dtype.isnative]:
+            raise Malformed(f"numbers of another byte order for {', '.join(swapped)}")
         if strange := [f"{array.dtype} for {name}" for name, array in outputs.items() if not arrays_file.can_hold(array)]:
             raise Malformed(", ".join(strange))
         seen.changed_inputs += self._changed(call, on_device, batch)

@@ -154,7 +154,7 @@ class Unpacked(NamedTuple):
 
 def layout(name: str) -> CacheLayout:
     """The layout of this name. Raises InvalidArgument for an unknown one, with the known names."""
-    if name not in LAYOUTS:
+    if not isinstance(name, str) or name not in LAYOUTS:
         raise InvalidArgument(f"cache layout {name!r} is not known, but {', '.join(LAYOUTS)} are; pass one of them.")
     return LAYOUTS[name]
 

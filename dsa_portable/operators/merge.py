@@ -8,7 +8,7 @@ from functools import reduce
 
 import numpy as np
 
-from dsa_portable.arrays import Array, as_kind, cast, describe, device_of, dtype_name, kind, namespace
+from dsa_portable.arrays import Array, as_kind, cast, describe, device_of, dtype_name, is_array, kind, namespace
 from dsa_portable.contract import FLOATS, Argument, Result, Signature, check_arrays
 from dsa_portable.errors import InvalidArgument
 
@@ -78,6 +78,9 @@ def merge(outs: Sequence[Array], lses: Sequence[Array], attn_sink: Array | None 
 
 
 def _check_parts(outs: Sequence[Array], lses: Sequence[Array], attn_sink: Array | None) -> None:
+    for name, parts in (("outs", outs), ("lses", lses)):
+        if not (isinstance(parts, Sequence) or is_array(parts)):
+            raise InvalidArgument(f"merge: {name} is {describe(parts)}, but a list or tuple of arrays is accepted; pass one.")
     if len(outs) == 0 or len(outs) != len(lses):
         raise InvalidArgument(
             f"merge: there are {len(outs)} outs and {len(lses)} lses, but one lse per out is accepted; pass pairs."
