@@ -78,7 +78,7 @@ kernels_completed = lambda: 0
 def test_the_example_of_a_chip_is_a_backend(tmp_path: Path, count: int | None, words: tuple[str, ...]) -> None:
     """As it stands in the README, with and without the chip and its SDK."""
     (entry_points,) = re.findall(
-        r'^\[project.entry-points."(.*?)"\]\n(\w+ = )"(.*?)"$', blocks(README, "toml")[0], re.MULTILINE
+        r'^\[project.entry-points."(.*?)"\]\n(\w+ = )"(.*?)"$', "\n".join(blocks(README, "toml")), re.MULTILINE
     )
     info = tmp_path / "dsa_portable_acme-0.1.0.dist-info"
     info.mkdir()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
+from importlib.util import find_spec
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import dsa_portable
@@ -53,7 +56,12 @@ _POSITIVE = (
     lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0,
     "a positive number",
 )
-BACKEND: Mapping[str, Check] = {"version": _LINE, "arrays": _one_of("numpy", "torch"), "contract": _LINE}
+BACKEND: Mapping[str, Check] = {
+    "version": _LINE,
+    "arrays": _one_of("numpy", "torch"),
+    "contract": _LINE,
+    "files_sha256": (lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None, "a sha256"),
+}
 DEVICE: Mapping[str, Check] = {
     "kind": _LINE,
     "chip": (lambda value: value == "" or _line(value), "one line of text"),
@@ -220,6 +228,22 @@ class Declared:
     capabilities: Capabilities
     profiles: Mapping[Key, Profile]
     sources: Mapping[Key, Mapping[str, str]]  # who says so of a profile's field
+    files_sha256: str  # over the files of the packages that its operators lie in: a kernel that was changed is another
+
+
+def files_sha256(backend: Backend) -> str:
+    """Of a backend's own files: those beside the modules of its operators, and below."""
+    digest = hashlib.sha256()
+    for module in sorted({target.partition(":")[0] for target in backend.operators.values()}):
+        spec = find_spec(module.rpartition(".")[0] or module)
+        folders = list(spec.submodule_search_locations or []) if spec else []
+        files = [Path(spec.origin)] if spec and spec.origin and not folders else []
+        files += [path for folder in folders for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+        for path in files:
+            if path.suffix != ".pyc":
+                digest.update(f"{path.name} ".encode())
+                digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def asked(backend: Backend, found: Mapping[str, Any], cases: Iterable[Case]) -> Declared:
@@ -241,7 +265,8 @@ def asked(backend: Backend, found: Mapping[str, Any], cases: Iterable[Case]) -> 
         if backend.profile_sources is not None:
             call = f"profile_sources{key}"
             sources[key] = _sources(backend.name, call, _ask(backend, call, partial(backend.profile_sources, chip, *key)))
-    return Declared(backend.version, backend.arrays, backend.contract, offered, profiles, sources)
+    files = _ask(backend, "the files of its operators", partial(files_sha256, backend))
+    return Declared(backend.version, backend.arrays, backend.contract, offered, profiles, sources, files)
 
 
 def told(name: str, stored: Any) -> Declared:

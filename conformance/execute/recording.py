@@ -34,6 +34,7 @@ IDENTITY = {
     "list_sha256": "list",
     "backend": "backend",
     "version": "version",
+    "files_sha256": "files of the backend",
     "device": "device",
     "capabilities": "capabilities",
     "profiles": "profiles",
@@ -163,6 +164,7 @@ class Subject:
     capabilities: Capabilities
     profiles: Mapping[Key, Profile]
     sources: Mapping[Key, Mapping[str, str]]  # who says so of a profile's field
+    files_sha256: str  # over the backend's own files
     suite: str  # version of this package
     emulate: str | None
     interpreted: bool  # TRITON_INTERPRET was set

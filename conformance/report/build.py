@@ -40,6 +40,7 @@ def report_of(
             resolved=subject.resolved,
             arrays=subject.arrays,
             contract=subject.contract,
+            files_sha256=subject.files_sha256,
         ),
         evidence=evidence,
         evidence_reason=reason,

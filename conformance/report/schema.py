@@ -305,6 +305,7 @@ class BackendRef(_Model):
     resolved: Named
     arrays: Named
     contract: Named
+    files_sha256: Text = Field(default="", description="Over the backend's own files; empty in reports that did not tell")
 
 
 class DeviceRef(_Model):
