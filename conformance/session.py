@@ -51,6 +51,7 @@ def run(
     level: str | None = None,
     tty: bool = False,
     fail_fast: bool = False,
+    once: bool = False,
     waivers: Path | None = None,
     certify: bool = False,
 ) -> Report:
@@ -62,6 +63,7 @@ def run(
     jobs: processes that judge, else one for each core.  timeout_scale: multiplies every limit.
     emulate: the chip that the backend stands in for, else DSA_EMULATE; evidence is then EMULATED.  level: was list's name.
     tty: `say` writes to a terminal, which shows colours and may be narrow.  fail_fast: stop after the first failure.
+    once: do not ask what passed a second time, which earns no claim.
     waivers: a vendor's file of failures that he knows of (report/waivers.py).  certify: refuse a suite that was changed.
     Raises, before any case runs, UsageError, WaiverError, ListError, EmulationError, ResumeError, ReportDirectoryError,
     DeclarationError or BackendError.
@@ -97,7 +99,7 @@ def run(
                 outcomes = outcomes_so_far(subject, folder, again, judges) if resume else Outcomes(folder)
                 write.clear(Path(out), {*kept, *([Path(FILE).stem] if resume else [])})
                 recording.save_subject(folder, subject)
-                session = _Session(subject, wanted, kept, chip, judges, outcomes, say, tty, fail_fast, excused)
+                session = _Session(subject, wanted, kept, chip, judges, outcomes, say, tty, fail_fast, once, excused)
                 say(terminal.header(session.report(command, timeout_scale), tty=tty))
                 session.run()
                 report = session.report(command, timeout_scale)
@@ -118,6 +120,7 @@ class _Session:
     say: Callable[[str], None]
     tty: bool = False
     fail_fast: bool = False
+    once: bool = False
     waivers: Waivers | None = None
     recordings: dict[str, Recording] = field(default_factory=dict)
     rows: dict[str, CaseResult] = field(default_factory=dict)
@@ -147,7 +150,10 @@ class _Session:
                         asker.shutdown(cancel_futures=True)
                         break
                 ask_again(self.subject, self.rows, self.chip, self.say)
-                if not self.stopped and evidence_of(self.subject, self.recordings, self.rows)[0] is Evidence.HARDWARE:
+                if (
+                    not (self.stopped or self.once)
+                    and evidence_of(self.subject, self.recordings, self.rows)[0] is Evidence.HARDWARE
+                ):
                     second_pass(self.subject, self.rows, self.recordings, self.chip, self.judges.keep, self.say)
                     self.passes = 2
             except BackendError as exc:

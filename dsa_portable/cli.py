@@ -150,6 +150,7 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--list-cases", action="store_true", help="print the list's case ids and what each is for, and stop")
     parser.add_argument("--fail-fast", action="store_true", help="stop after the first FAIL or ERROR")
+    parser.add_argument("--once", action="store_true", help="do not ask what passed a second time: quicker, and earns no claim")
     parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in the report directory")
     parser.add_argument("--emulate", metavar="CHIP", help="let the backend stand in for a chip; the evidence is then EMULATED")
 
@@ -190,6 +191,7 @@ def _conformance(options: argparse.Namespace) -> int:
         resume=options.resume,
         emulate=options.emulate,
         fail_fast=options.fail_fast,
+        once=options.once,
         waivers=options.waivers,
     )
     return int(report.exit_code)

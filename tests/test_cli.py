@@ -236,20 +236,21 @@ def test_a_run_is_told_whether_it_speaks_to_a_terminal(terminal: bool, monkeypat
     assert (end.value.code, asked["tty"], asked["fail_fast"]) == (0, terminal, False)
 
 
-@pytest.mark.parametrize(
-    ("misdeed", "reason"),
-    [
-        ("os._exit(0)", "backend 'rude' ended with exit code 0 before it said what it is; tell its authors"),
-        ("os.kill(os.getpid(), 11)", "backend 'rude' was killed by SIGSEGV before it said what it is; tell its authors"),
-        ("sys.exit(0)", "backend 'rude' cannot be imported (SystemExit: 0); run: pip install --force-reinstall rude_backend"),
-    ],
-)
-def test_a_rude_plug_in_costs_the_others_no_line(tmp_path: Path, misdeed: str, reason: str) -> None:
-    plugins.module(tmp_path, "rude", "", misdeed)
+RUDE = {
+    "ends": ("os._exit(0)", "ended with exit code 0 before it said what it is; tell its authors"),
+    "crashes": ("os.kill(os.getpid(), 11)", "was killed by SIGSEGV before it said what it is; tell its authors"),
+    "exits": ("sys.exit(0)", "cannot be imported (SystemExit: 0); run: pip install --force-reinstall exits_backend"),
+}
+
+
+def test_rude_plug_ins_cost_the_others_no_line(tmp_path: Path) -> None:
+    for name, (misdeed, _) in RUDE.items():
+        plugins.module(tmp_path, name, "", misdeed)
     done = plugins.dsa_portable(tmp_path, "backends")
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert lines[lines.index("rude: unavailable") + 1] == f"  reason      {reason}"
+    for name, (_, reason) in RUDE.items():
+        assert lines[lines.index(f"{name}: unavailable") + 1] == f"  reason      backend {name!r} {reason}"
     assert any(re.fullmatch("cpu .*: available", line) for line in lines)
 
 

@@ -99,7 +99,7 @@ def claims(
         tried = coverage(mine, capabilities, profile)
         reason = _obstacle(mine, capabilities, profile, evidence, frozen)
         if not reason and passes < PASSES:
-            reason = "what passed was not asked a second time: the run ended before"
+            reason = "what passed was not asked a second time"
         level = None if reason else f"{frozen.name} {profile.envelope}"
         result.append(
             Claim(
