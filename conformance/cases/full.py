@@ -39,6 +39,7 @@ BIG_OFFSET = AttendCase("decode-big-offset", "The last keys lie more than 2^31 e
 MANY_ROWS = (
     named(IndexCase("prefill-70000-rows", "70,000 rows in a call.", ("big-offset", "short-row"), HEADLINE, ((70000, 40),))),
     named(AttendCase("prefill-70000-rows", "70,000 rows of 16 heads.", ("big-offset", "short-row"), "bf16", ((70000, 4),), heads=16, holes=False)),
+    named(AttendCase("prefill-far-out", "Results of more than 2^31 elements.", ("big-offset", "short-row"), "bf16", ((33000, 9),), heads=128, holes=False, rows_alike=250)),
 )
 FAR_INDEX = tuple(
     IndexCase("decode-far-pages", "Pages on both sides of element 2^31 of the cache.", ("big-offset", "paging"), format, ((2, 2900), (1, 2100)), heads=32, page_size=64, spare_pages=270000)

@@ -66,6 +66,7 @@ class AttendCase(SingleCall):
     subset: bool = False  # every row names at most half of its request's keys
     slot_zero: bool = False  # position 0, flat row 0 and slot 0 are named by no row, and hold NaN
     twice: bool = False  # a request holds a page twice
+    rows_alike: int = 0  # so many rows have queries of their own, the others theirs again: a call that is large alone; 0: all
     around: Surroundings = USUAL
     point: tuple[tuple[str, str], ...] = ()  # of axes.py, where the case is a row of the covering table
 
@@ -93,7 +94,9 @@ class AttendCase(SingleCall):
             np.union1d([0], np.flatnonzero(slots == 0)) if self.slot_zero else np.empty(0, np.int64) for slots in storage.rows
         ]
         indices, length = self._indices(name, rows, barred)
-        queries = self._queries(name, rows)
+        queries = self._queries(name, self.rows_alike or rows)
+        if self.rows_alike:
+            queries = queries[np.arange(rows) % self.rows_alike]
         spoilt = self._spoilt(queries, indices, length) if self.around.neighbours else {}
         arrays = {"q": queries, "kv": self._kv(name, storage, indices, length, barred, spoilt), "indices": indices}
         if self.sink:

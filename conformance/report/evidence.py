@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dsa_portable.conformance.execute.recording import Recording, Subject
 from dsa_portable.conformance.report.schema import CaseResult, Evidence, Status
 
+# What a probe writes where it does not know.
+UNNAMED = ("", "unknown", "n/a", "none", "-", "?")
 # Before the first case of a run that may be of a chip.
 YET = "yet to be shown: whether its calls reach the chip"
 
@@ -19,7 +21,7 @@ def evidence_of(subject: Subject, recordings: Mapping[str, Recording], rows: Map
         return Evidence.SIMULATED, f"the backend switched Triton's interpreter on, seen in {inside[0]} first"
     if subject.emulate is not None:
         return Evidence.EMULATED, f"--emulate {subject.emulate}"
-    if {subject.device.chip, subject.device.driver} & {"", "unknown"}:
+    if any(name.strip().lower() in UNNAMED for name in (subject.device.chip, subject.device.driver)):
         return Evidence.EMULATED, "the backend's probe does not name chip and driver"
     # A call that was refused has no duration: it never went to the chip, and says nothing about those that did.
     executed = [id for id, row in rows.items() if row.status in (Status.PASS, Status.FAIL) and row.seconds is not None]

@@ -62,6 +62,21 @@ EQUIVALENT: Mapping[tuple[str, str, str], str] = MappingProxyType(
             "step = 1 << (max(64, memory // (4 * (3 * width + 3 * heads))).bit_length() - 1)",
             "step = 1 << (min(64, memory // (4 * (3 * width + 3 * heads))).bit_length() - 1)",
         ): "A step only splits a sum, whose order the contract leaves open: the bits differ and every bound holds.",
+        (
+            "kernels/sparse_attend.py",
+            "other = tl.load(part_out + place[:, None] * VALUE_DIM + dims[None, :], mask=real_head[:, None], other=0.0)",
+            "other = tl.load(part_out + place[:, None] * VALUE_DIM + dims[None, :], mask=real_head[:, None])",
+        ): "What is loaded for a head that is not there meets no other head, and write_row stores it nowhere.",
+        (
+            "kernels/lightning_index.py",
+            "stop = tl.minimum(begin + ROWS, last_row)",
+            "stop = (last_row)",
+        ): "A program then computes the rows behind its own as well: the same numbers, written where they stand; it is slower.",
+        (
+            "kernels/top_k.py",
+            "enough = above >= wanted",
+            "enough = above > wanted",
+        ): "Where as many as are wanted lie above, the search ends one key lower and takes none of those there: the same set.",
     }
 )
 
