@@ -41,12 +41,14 @@ def ask(name: str, probe: bool = True) -> Said:
     probe: also find its device and what it declares, for which it imports its SDK.
     """
     path = os.pathsep.join(dict.fromkeys(entry or os.getcwd() for entry in sys.path))
-    words = [sys.executable, "-m", __name__, name, *(["probe"] if probe else [])]
+    words = [sys.executable or "python3", "-m", __name__, name, *(["probe"] if probe else [])]
     env, nothing = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}, subprocess.DEVNULL
     try:
         done = subprocess.run(words, env=env, stdin=nothing, stdout=subprocess.PIPE, stderr=nothing, timeout=SECONDS)
     except subprocess.TimeoutExpired:
         return Said(problem=f"backend {name!r} did not say what it is within {SECONDS:g} s: it hangs; tell its authors")
+    except OSError as exc:  # a program that brings its own Python
+        return Said(problem=f"backend {name!r} cannot be asked what it is, as no Python starts ({exc}); name it")
     try:
         said = json.loads(done.stdout.splitlines()[-1])
         return Said(str(said["problem"]), bool(said["auto"]), tuple(said["devices"]), tuple(map(str, said["lines"])))

@@ -304,6 +304,7 @@ def conformance(root: Path, *arguments: str, **variables: str) -> subprocess.Com
 
 
 @needs_bash
+@pytest.mark.slow
 def test_without_an_index_all_comes_from_the_folder_of_wheels_and_the_plug_ins_with_it(tmp_path: Path) -> None:
     root = lab(tmp_path)
     for name in ("driver", "tool"):

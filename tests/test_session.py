@@ -162,7 +162,7 @@ DEEDS = {
         "PASS",
     ),
     "hang": Deed(
-        "prefill-plateau", "time.sleep(3600)", reason="no answer within 9.6 s: it hangs, or --timeout-scale is too small"
+        "prefill-plateau", "time.sleep(3600)", reason="no answer within 6 s: it hangs, or --timeout-scale is too small"
     ),
     "asks the oracle": Deed(
         "prefill-range",
@@ -258,7 +258,7 @@ def misdeeds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, list[int]]:
     plugins.module(folder, "rogue", "operators=OURS, get=get", DEEDS_SOURCE)
     cases = [id_of(deed) for deed in DEEDS.values()]
     assert cases == [id for id in lists.load("smoke").cases if id in cases]
-    run = conformance(folder, "out", "--backend", "rogue", "--timeout-scale", "0.08", cases=cases)
+    run = conformance(folder, "out", "--backend", "rogue", "--timeout-scale", "0.05", cases=cases)
     return run, [int(line) for line in (folder / "calls.txt").read_text().split()]
 
 
@@ -1028,8 +1028,8 @@ def caught() -> Iterator[dict[str, str]]:
     print("\n\n" + "\n".join(f"{fault:64}{case}" for fault, case in table.items()))
 
 
-# Each is a run of the command; every twelfth is in CI.
-SAMPLE = [*FAULTS][::12]
+# Each is a run of the command; the first is in CI.
+SAMPLE = [*FAULTS][:1]
 
 
 @pytest.mark.parametrize("name", [*SAMPLE, *(pytest.param(n, marks=pytest.mark.slow) for n in FAULTS if n not in SAMPLE)])

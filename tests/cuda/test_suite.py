@@ -18,7 +18,6 @@ SAMPLE = (
     "index-int8-f16-f16-decode-h32-page64",
     "index-bf16-f32-decode-scores",
     "index-f16-f16-decode-h64-page128",
-    "index-e4m3-f32-f32-decode-range",
     "index-e4m3-f32-f32-prefill-planar",
     "attend-bf16-decode-paged64",
     "attend-f16-prefill-flat",
@@ -27,8 +26,6 @@ SAMPLE = (
     "attend-v32_fp8_656_nsr_f32-prefill-onehot",
     "attend-ascend_656_nrs_int8-decode-flat",
     "attend-ascend_656_nrs_fp8-decode-lse",
-    "attend-bf16-prefill-topk-length",
-    "attend-bf16-prefill-repeated",
 )
 
 
