@@ -54,6 +54,7 @@ class Recording:
     capability: str = ""  # that a refused call named
     seconds: float | None = None  # inside the backend; None where no call was answered
     reached: bool = False  # the chip was seen to work in every call
+    profiled: bool = False  # the framework's profiler looked at every call, and `reached` is also what it saw
     interpreted: bool = False  # Triton's interpreter was on
     changed_inputs: tuple[str, ...] = ()
     calls: int = 0
@@ -125,6 +126,7 @@ def _sound(found: Recording) -> bool:
         and isinstance(seconds, float)
         and 0 <= seconds < math.inf
         and isinstance(found.reached, bool)
+        and isinstance(found.profiled, bool)
         and isinstance(found.interpreted, bool)
         and all(type(count) is int and count >= 0 for count in (found.calls, found.peak_memory))
         and (found.outputs_sha256 is None or re.fullmatch("[0-9a-f]{64}", found.outputs_sha256) is not None)

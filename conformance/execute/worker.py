@@ -29,7 +29,7 @@ from dsa_portable.conformance import hosts, lists
 from dsa_portable.conformance.cases.call import Call, Outputs, drive, sha256_of
 from dsa_portable.conformance.cases.catalogue import CASES
 from dsa_portable.conformance.cases.surroundings import STRIDES
-from dsa_portable.conformance.execute import arrays_file, declaration, emulation, recording, trace
+from dsa_portable.conformance.execute import arrays_file, declaration, emulation, kernels, recording, trace
 from dsa_portable.conformance.execute.declaration import DeclarationError
 from dsa_portable.conformance.execute.emulation import EmulationError
 from dsa_portable.conformance.execute.process import end_with_parent, peak_memory
@@ -81,14 +81,16 @@ class Seen:
 
     seconds: float = 0.0
     reached: bool = True
+    profiled: bool = True
     changed_inputs: list[str] = field(default_factory=list)
 
 
 class Worker:
     """Runs cases on one backend; `folder` takes the recordings, and stale memory holds the bytes `stale`."""
 
-    def __init__(self, backend: Backend, folder: Path, stale: int = STALE[0]) -> None:
+    def __init__(self, backend: Backend, folder: Path, stale: int = STALE[0], kind: str = "") -> None:
         self.backend, self.folder, self.stale = backend, folder, stale
+        self.watcher = kernels.watcher(backend, kind)
 
     def run(self, case: str) -> None:
         """Run the case's calls one after another and leave its recording."""
@@ -116,6 +118,7 @@ class Worker:
             "done",
             seconds=seen.seconds,
             reached=seen.reached,
+            profiled=seen.profiled,
             interpreted=triton.interpreting(),
             changed_inputs=tuple(seen.changed_inputs),
             calls=len(outputs),
@@ -141,13 +144,18 @@ class Worker:
             arguments["out"] = tuple(STRIDES[call.strides](_stale(self.stale, *result), put) for result in results.values())
         self._leave_stale_buffers(results)
         self.backend.synchronize()
-        before, started = self._witness(), time.perf_counter()
-        returned = getattr(operators, call.operator)(**arguments)
-        self.backend.synchronize()
-        seen.seconds += time.perf_counter() - started
+        before = self._witness()
+        with self.watcher.counting() as counted:
+            started = time.perf_counter()
+            returned = getattr(operators, call.operator)(**arguments)
+            self.backend.synchronize()
+            seen.seconds += time.perf_counter() - started
         returned = returned if isinstance(returned, tuple) else (returned,)
-        worked = self._witness() > before or not call.request.dims["Tq"]
-        seen.reached &= worked and all(device_name(array) in self.backend.devices for array in returned)
+        worked = self._witness() > before and counted.kernels != 0
+        seen.profiled &= counted.kernels is not None
+        seen.reached &= (worked or not call.request.dims["Tq"]) and all(
+            device_name(array) in self.backend.devices for array in returned
+        )
         if len(returned) != len(results):
             raise Malformed(f"{len(returned)} arrays for {', '.join(results)}")
         got = {name: get(array) for name, array in zip(results, returned, strict=True)}
@@ -215,7 +223,7 @@ def main() -> None:
         return
     told = {"device": found, "resolved": resolved, "interpreted": triton.requested()}
     answer({**told, "declared": recording.as_json(declared)})
-    worker = Worker(backend, folder, STALE[int(sys.argv[4])])
+    worker = Worker(backend, folder, STALE[int(sys.argv[4])], device.kind)
     for line in sys.stdin:
         question = from_text(line)
         case = question["case"]

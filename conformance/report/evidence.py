@@ -9,6 +9,9 @@ from dsa_portable.conformance.report.schema import CaseResult, Evidence, Status
 
 # What a probe writes where it does not know.
 UNNAMED = ("", "unknown", "n/a", "none", "-", "?")
+# Why a run is of a chip: on the backend's word alone, and where the framework could look as well.
+DECLARED = "as declared by the backend: its probe named chip and driver, and its witness moved in every call"
+SEEN = "the framework's profiler saw kernels on the device in every call; chip and driver are as the backend's probe named them"
 # Before the first case of a run that may be of a chip.
 YET = "yet to be shown: whether its calls reach the chip"
 
@@ -34,4 +37,6 @@ def evidence_of(subject: Subject, recordings: Mapping[str, Recording], rows: Map
             Evidence.EMULATED,
             f"no work was seen on the chip in {len(unreached)} of {len(executed)} cases, {unreached[0]} first",
         )
-    return Evidence.HARDWARE, "as declared by the backend: its probe named chip and driver, and its witness moved in every call"
+    if all(recordings[id].profiled for id in executed):
+        return Evidence.HARDWARE, SEEN
+    return Evidence.HARDWARE, DECLARED
