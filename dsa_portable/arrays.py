@@ -92,7 +92,7 @@ def overlap(array: Array, other: Array) -> bool:
 def overlaps_itself(array: Array) -> bool:
     """Whether two of the array's numbers lie in one place, as after a broadcast."""
     found = _memory(array)
-    if found is None:
+    if found is None or not found.size:
         return False
     reach = found.itemsize
     for stride, size in sorted((abs(s), n) for s, n in zip(found.strides, found.shape, strict=True) if n > 1):

@@ -131,7 +131,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path: Path, name: str)
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        ("DSA_CPU_ENGINE", "foo", "DSA_CPU_ENGINE is 'foo', but onnx and numpy are engines; set one of them or unset it."),
+        ("DSA_CPU_ENGINE", "foo", "DSA_CPU_ENGINE is 'foo', but onnx, numpy, jit are engines; set one of them or unset it."),
         ("DSA_CPU_MEMORY", "12", "DSA_CPU_MEMORY is 12 bytes, but one tile needs at least 16777216; raise it."),
         ("DSA_CPU_MEMORY", "1G", "DSA_CPU_MEMORY is '1G', but a whole number >= 1 is accepted; set one or unset it."),
         ("DSA_CPU_THREADS", "0", "DSA_CPU_THREADS is '0', but a whole number >= 1 is accepted; set one or unset it."),
@@ -267,7 +267,9 @@ def test_backends(tmp_path: Path) -> None:
     assert list(blocks) == ["absent", "ascend", "chipless", "cpu", "cuda", "driverless", "fine", "mute", "sdkless"]
     cpu = blocks["cpu"]
     assert cpu.startswith(f"cpu {__version__}: available\n  arrays      numpy on cpu; contract 1.1\n  device      1 x ")
-    assert re.search(r"^  device .*; engine onnx, python 3\.\d+\.\d+, numpy .*, onnxruntime \d", cpu, re.MULTILINE)
+    assert re.search(
+        r"^  device .*; engine (jit, isa \S+|onnx, jit not used: .*), python 3\.\d+\.\d+, numpy ", cpu, re.MULTILINE
+    )
     assert re.search(r"^  lightning_index: format=e4m3/f32/f32,.*; heads=any; .*; return_scores=yes$", cpu, re.MULTILINE)
     assert "  sparse_attend: format=" in cpu
     assert "fine 3: available\n  arrays      torch on dsp, cpu; only by name; contract 1.1\n" in blocks["fine"]

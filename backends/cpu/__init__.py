@@ -1,4 +1,4 @@
-"""The CPU backend: NumPy arrays in and out, float32 arithmetic, ONNX Runtime by default and plain NumPy on request."""
+"""The CPU backend: NumPy arrays in and out, float32 sums; compiled where llvmlite is installed, by ONNX Runtime elsewhere."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from dsa_portable import profile
 from dsa_portable.backend import Backend, Device
+from dsa_portable.backends.cpu.jit import isa
 from dsa_portable.backends.cpu.settings import probe
 from dsa_portable.contract import ANY, YES, Capabilities
 from dsa_portable.formats import LAYOUTS
@@ -47,8 +48,17 @@ _CAPABILITIES: Capabilities = {
 
 
 def _profile(device: Device | None, operator: str, format: str, phase: str) -> profile.Profile:
-    """Every operand is widened to float32 exactly, and everything after is float32; only the result is rounded to q's dtype."""
-    return profile.Profile(ties="lowest")
+    """Every operand is widened to float32 exactly, and everything after is float32; only the result is rounded to q's dtype.
+
+    Where the jit engine multiplies in pairs of bfloat16, subnormal operands count as 0, and attention rounds P to bfloat16.
+    """
+    instructions = isa.NAMED.get("" if device is None else device.versions.get("isa", ""))
+    operand = format.partition("/")[0]
+    if instructions is None or not instructions.paired(operand):
+        return profile.Profile(ties="lowest", deterministic=True)
+    subnormals = "flushed" if operand == "bf16" else "kept"
+    p = "bfloat16" if operator == "sparse_attend" else "float32"
+    return profile.Profile(ties="lowest", deterministic=True, subnormals=subnormals, p=p)
 
 
 BACKEND = Backend(

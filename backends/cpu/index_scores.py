@@ -20,6 +20,9 @@ ROWS, KEYS = 8, 1024  # scores of all heads of one tile stay in the second-level
 def index_scores(request: ScoresRequest) -> Array:
     """Scores; see dsa_portable.index_scores."""
     settings.check()  # before anything is written
+    if own := settings.own("index_scores"):
+        found: Array = own(request)
+        return found
     (scores,) = request.out or (np.empty(shape, dtype) for dtype, shape in request.results.values())
     scores[:] = -np.inf
     starts, ends = (np.asarray(a) for a in request.batch.key_range(request.dims["Tq"]))

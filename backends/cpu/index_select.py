@@ -15,6 +15,9 @@ Array: TypeAlias = np.ndarray[Any, Any]
 def index_select(request: SelectRequest) -> Array:
     """Indices; see dsa_portable.index_select."""
     settings.check()  # before anything is written
+    if own := settings.own("index_select"):
+        found: Array = own(request)
+        return found
     (indices,) = request.out or (np.empty(shape, dtype) for dtype, shape in request.results.values())
     indices[:] = -1
     starts, ends = (np.asarray(a) for a in request.batch.key_range(request.dims["Tq"]))

@@ -1,11 +1,12 @@
-"""What the environment sets: `DSA_CPU_ENGINE` (onnx, numpy), `DSA_CPU_MEMORY` (bytes of scratch), `DSA_CPU_THREADS`."""
+"""What the environment sets: `DSA_CPU_ENGINE`, `DSA_CPU_ISA`, `DSA_CPU_MEMORY` (bytes of scratch), `DSA_CPU_THREADS`."""
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from importlib.metadata import version
@@ -22,7 +23,25 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 Float32: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 T = TypeVar("T")
 
-ENGINES = ("onnx", "numpy")
+
+@dataclass(frozen=True)
+class Kind:
+    """An engine: what it needs, and which operators it computes as a whole; the others are made of its tiles."""
+
+    packages: tuple[str, ...] = ()  # beside NumPy
+    operators: Mapping[str, str] = field(default_factory=dict)
+
+
+_JIT = "dsa_portable.backends.cpu.jit"
+ENGINES = {
+    "onnx": Kind(("onnxruntime",)),
+    "numpy": Kind(),
+    "jit": Kind(
+        ("llvmlite",),
+        {name: f"{_JIT}.lightning_index:{name}" for name in ("lightning_index", "index_scores", "index_select")}
+        | {"sparse_attend": f"{_JIT}.sparse_attend:sparse_attend"},
+    ),
+}
 DEFAULT_MEMORY = 1 << 30
 # One tile of keys with all its head scores must fit; below this no chunking helps.
 LEAST_MEMORY = 16 << 20
@@ -44,19 +63,43 @@ class Engine(Protocol):
 
 
 def engine_name() -> str:
-    """`onnx` unless `DSA_CPU_ENGINE` says otherwise."""
-    name = os.environ.get("DSA_CPU_ENGINE") or "onnx"
+    """What `DSA_CPU_ENGINE` says; else `jit` where it can be used or an instruction set is named, and `onnx` elsewhere."""
+    name = os.environ.get("DSA_CPU_ENGINE") or ("jit" if os.environ.get("DSA_CPU_ISA") or not why_not_jit() else "onnx")
     if name not in ENGINES:
         raise DeviceUnavailable(
-            f"DSA_CPU_ENGINE is {name!r}, but {' and '.join(ENGINES)} are engines; set one of them or unset it."
+            f"DSA_CPU_ENGINE is {name!r}, but {', '.join(ENGINES)} are engines; set one of them or unset it."
         )
     return name
+
+
+@cache
+def why_not_jit() -> str:
+    """Why the jit engine is not chosen here unasked; empty where it is: its kernels have been compiled and tried."""
+    try:
+        import_module(f"{_JIT}.compile").chosen()
+    except ModuleNotFoundError as exc:
+        return f"{exc.name} is not installed"
+    except DeviceUnavailable as exc:
+        return str(exc)
+    found: str = import_module(f"{_JIT}.selftest").disagreement()
+    return found
 
 
 @cache
 def _load(name: str) -> Engine:
     engine: Engine = import_module(f"dsa_portable.backends.cpu.{name}_engine").Engine()
     return engine
+
+
+@cache
+def _own(name: str, operator: str) -> Callable[..., Any] | None:
+    module, _, function = ENGINES[name].operators.get(operator, "").partition(":")
+    return getattr(import_module(module), function) if module else None
+
+
+def own(operator: str) -> Callable[..., Any] | None:
+    """The operator as the engine in force computes it as a whole; None where it gives tiles for it."""
+    return _own(engine_name(), operator)
 
 
 def engine() -> Engine:
@@ -90,6 +133,8 @@ def check() -> None:
     """Raise DeviceUnavailable where a variable is set to what cannot be."""
     for setting in (engine_name, threads, memory):
         setting()
+    if engine_name() == "jit":
+        import_module(f"{_JIT}.compile").chosen()
 
 
 @cache
@@ -118,10 +163,15 @@ def probe() -> Device:
     """This machine's processor and the engine that would run."""
     check()  # a wrong setting shows here, and not as a failure of the first call
     name = engine_name()
-    packages = ("numpy", "ml_dtypes", *(("onnxruntime",) if name == "onnx" else ()))
+    packages = ("numpy", "ml_dtypes", *ENGINES[name].packages)
     for package in packages:
         import_module(package)
-    versions = {"engine": name, "python": platform.python_version(), **{p: version(p) for p in packages}}
+    versions = {"engine": name}
+    if name == "jit":
+        versions["isa"] = import_module(f"{_JIT}.compile").chosen().name
+    elif not os.environ.get("DSA_CPU_ENGINE"):
+        versions["jit"] = f"not used: {why_not_jit()}"
+    versions |= {"python": platform.python_version(), **{p: version(p) for p in packages}}
     driver = f"{platform.system()} {platform.release()}"
     return Device("cpu", _chip(), driver, 1, platform.machine(), versions)
 
