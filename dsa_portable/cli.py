@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 import dsa_portable
 from dsa_portable import asking, registry
 from dsa_portable.errors import BackendError, BackendNotImportable, DSAError, InvalidArgument
+from dsa_portable.operators import REQUESTS
 
 FAILED, USAGE, INCOMPLETE, UNAVAILABLE = 1, 2, 3, 4
 
@@ -291,7 +292,8 @@ def _compile(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     graphs = Path(importlib.import_module("dsa_portable.backends.cpu").__file__ or "").parent / "graphs"
-    models = sorted(path for path in graphs.glob("*.onnx") if path.name.count(".") > 1)
+    # Of whole operators, a model per format; the others are tiles, for engines.
+    models = sorted(path for path in graphs.glob("*.*.onnx") if path.name.partition(".")[0] in REQUESTS)
     try:
         options.directory.mkdir(parents=True, exist_ok=True)
         for model in models:

@@ -727,7 +727,7 @@ def check_attend_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DSA_CPU_THREADS", "2")
     call = attend_call("f32", flat, seqlens=((2, 9000), (1, 7000)), dims=(576, 512), topk=4200, scale=5.0, attn_sink=SINK)
     (truth, truth_lse), (other, other_lse) = (call.truth(row) for row in (1, 2))
-    parts, errors = count(monkeypatch, attend_module, "attention_rows"), []
+    parts, errors = count(monkeypatch, attend_module, "_part"), []
     for memory, least in ((1 << 30, 2), (16 * MEBI, 4)):
         monkeypatch.setenv("DSA_CPU_MEMORY", str(memory))
         out, lse = call.run()
@@ -978,8 +978,8 @@ def _sum_of_all_but_one(engine: Any, q: NDArray, kv: NDArray, scale: float, valu
 _attend = numpy_module.Engine.attend
 
 
-def _of_the_first_request(request: Any, engine: Any, row: int, owner: int, memory: int) -> tuple[NDArray, NDArray]:
-    out, lse = _row(request, engine, row, max(0, owner), memory)
+def _of_the_first_request(request: Any, engine: Any, row: int, some: slice, owner: int, memory: int) -> tuple[NDArray, NDArray]:
+    out, lse = _row(request, engine, row, some, max(0, owner), memory)
     return out, lse
 
 
@@ -1006,8 +1006,7 @@ def _merged_by_lse(
     out, lse = np.float32(0), np.float32(-np.inf)
     for first in range(0, len(positions), step):
         where = attend_module.places(request.batch, owner, positions[first : first + step])
-        kv = attend_module.attention_rows(request.kv, request.kv_layout, where)
-        part, top, total = engine.attend(q, kv, request.softmax_scale, request.value_dim)
+        part, top, total = attend_module._part(request, engine, q, where)
         merged = np.logaddexp(lse, top + np.log(total))
         out = out * np.exp(lse - merged)[..., None] + part * np.exp(top + np.log(total) - merged)[:, None]
         lse = merged

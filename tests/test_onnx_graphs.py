@@ -339,6 +339,16 @@ def test_attend_of_logits_far_outside_the_range_of_exp() -> None:
     np.testing.assert_allclose(got["out"], np.tile(feeds["kv"][0, :2], (3, 1)), rtol=1e-6)
 
 
+def test_attend_rows() -> None:
+    """Rows that lie among others, one of them twice, are what attend makes of them end to end; others are not read."""
+    feeds = attend_feeds(5, 9, 12, 8, 0.3)
+    positions = np.array([7, 0, 3, 3, 8])
+    alone = run(committed("attend"), {**feeds, "kv": feeds["kv"][positions]})
+    feeds["kv"][[1, 2, 4, 5, 6]] = np.nan
+    got = run(committed("attend_rows.float32"), {**feeds, "positions": positions})
+    assert all(np.array_equal(values, alone[name]) for name, values in got.items())
+
+
 @pytest.mark.parametrize("fmt", ATTEND_FORMATS)
 def test_sparse_attend(fmt: str) -> None:
     check_sparse_attend(committed(f"sparse_attend.{fmt}"), sparse_feeds(fmt))
@@ -556,6 +566,16 @@ INTERFACE = {
         ["q float32 heads,head_dim", "kv float32 keys,head_dim", "softmax_scale float32 ", "value_dim int64 1"],
         ["out float32 heads,value_dim", "lse float32 heads", "largest_logit float32 heads", "largest_p float32 heads"],
     ),
+    "attend_rows": (
+        [
+            "q float32 heads,head_dim",
+            "kv {format} places,head_dim",
+            "positions int64 keys",
+            "softmax_scale float32 ",
+            "value_dim int64 1",
+        ],
+        ["out float32 heads,value_dim", "largest_logit float32 heads", "largest_p float32 heads"],
+    ),
     "lightning_index": (
         [
             "q {format} Tq,H,D",
@@ -576,6 +596,7 @@ INTERFACE = {
 MODELS = [
     "index_scores",
     "attend",
+    *(f"attend_rows.{fmt}" for fmt in ATTEND_FORMATS),
     *(f"lightning_index.{fmt}" for fmt in INDEX_FORMATS),
     *(f"sparse_attend.{fmt}" for fmt in ATTEND_FORMATS),
 ]
@@ -646,7 +667,10 @@ def test_check_tells_a_stale_model_from_a_fresh_one(
     (tmp_path / "stray.onnx").write_bytes(b"")
     assert build.main(["--check"]) == 1
     stale = {line.split()[0] for line in capsys.readouterr().err.splitlines()}
-    assert stale == {"attend.onnx", "index_scores.onnx", "stray.onnx", *(f"sparse_attend.{fmt}.onnx" for fmt in ATTEND_FORMATS)}
+    assert stale == {
+        *("attend.onnx", "index_scores.onnx", "stray.onnx"),
+        *(f"{name}.{fmt}.onnx" for name in ("attend_rows", "sparse_attend") for fmt in ATTEND_FORMATS),
+    }
 
     assert build.main([]) == 0
     assert build.main(["--check"]) == 0

@@ -1,4 +1,4 @@
-"""index_scores on the CPU: tiles of 8 rows x 1,024 keys are scored in float32; lightning_index scores with it too."""
+"""index_scores on the CPU: tiles of 8 rows x 512 keys are scored in float32; lightning_index scores with it too."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from dsa_portable.operators.index_scores import ScoresRequest
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
-ROWS, KEYS = 8, 1024  # scores of all heads of one tile stay in the second-level cache
+# Scores of all heads of one tile stay in the second-level cache, and little of a tile lies behind what causal rows see.
+ROWS, KEYS = 8, 512
 
 
 def index_scores(request: ScoresRequest) -> Array:
@@ -41,13 +42,14 @@ def _fill(request: ScoresRequest, owner: int, rows: slice, starts: Array, ends: 
 
 
 def chunks(request: Scored, ends: Array) -> Iterator[tuple[int, slice]]:
-    """(request, rows) whose float32 scores fit half the memory; one row always goes, as its scores cannot be split."""
+    """(request, rows) whose float32 scores and q fit half the memory each; one row always goes, its scores cannot be split."""
+    per_row = 4 * request.dims["H"] * request.dims["D"]
     cu_seqlens_q = np.asarray(request.batch.cu_seqlens_q)
     for owner in range(request.batch.num_requests):
         row, stop = int(cu_seqlens_q[owner]), int(cu_seqlens_q[owner + 1])
         while row < stop:
             widest = max(1, int(ends[row:stop].max()))
-            step = min(stop - row, max(1, settings.memory() // (8 * widest)))
+            step = min(stop - row, max(1, settings.memory() // (2 * max(4 * widest, per_row))))
             yield owner, slice(row, row + step)
             row += step
 
@@ -59,6 +61,11 @@ def score(request: Scored, owner: int, rows: slice, starts: Array, ends: Array, 
     # With small heads or few of them a tile takes more rows or keys; with many it must not outgrow the memory.
     keys_per_tile = max(64, min(KEYS, settings.memory() // (16 * ROWS * request.dims["H"] * settings.threads())))
 
+    q, weights = np.empty((len(found), *request.q.shape[1:]), np.float32), widen(request.weights[rows])
+
+    def widen_block(first: int) -> None:
+        q[first : first + ROWS] = widen(request.q[rows.start + first : min(rows.start + first + ROWS, rows.stop)])
+
     def tile(first: int) -> None:
         last = min(first + keys_per_tile, high)
         where = places(request.batch, owner, np.arange(first, last))
@@ -67,9 +74,9 @@ def score(request: Scored, owner: int, rows: slice, starts: Array, ends: Array, 
             block = slice(begin, min(begin + ROWS, rows.stop))
             if int(starts[block].min()) >= last or int(ends[block].max()) <= first:
                 continue
-            found[block.start - rows.start : block.stop - rows.start, first - low : last - low] = engine.index_scores(
-                widen(request.q[block]), keys, widen(request.weights[block]), scales
-            )
+            mine = slice(block.start - rows.start, block.stop - rows.start)
+            found[mine, first - low : last - low] = engine.index_scores(q[mine], keys, weights[mine], scales)
 
+    settings.run_all(widen_block, range(0, len(found), ROWS), settings.threads())
     settings.run_all(tile, range(low, high, keys_per_tile), 1 if engine.threads_itself else settings.threads())
     return found

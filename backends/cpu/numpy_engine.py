@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from dsa_portable.backends.cpu.settings import Float32
+from dsa_portable.backends.cpu.rows import widen
+from dsa_portable.backends.cpu.settings import Array, Float32
 
 
 class Engine:
@@ -31,3 +32,9 @@ class Engine:
             total = p.sum(axis=1, keepdims=True)
             out: Float32 = (p @ kv[:, :value_dim]) / total
             return out, top[:, 0], total[:, 0]
+
+    def attend_rows(
+        self, q: Float32, kv: Array, positions: Array, softmax_scale: float, value_dim: int
+    ) -> tuple[Float32, Float32, Float32]:
+        """See settings.Engine."""
+        return self.attend(q, widen(kv[positions]), softmax_scale, value_dim)

@@ -20,6 +20,7 @@ from dsa_portable.errors import DeviceUnavailable
 # ONNX Runtime reports home unless told otherwise; a library that is asked to compute must not.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
+Array: TypeAlias = np.ndarray[Any, Any]
 Float32: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 T = TypeVar("T")
 
@@ -60,6 +61,11 @@ class Engine(Protocol):
 
         top is the largest logit and total = sum exp(logit - top), so that lse = top + log(total).
         """
+
+    def attend_rows(
+        self, q: Float32, kv: Array, positions: Array, softmax_scale: float, value_dim: int
+    ) -> tuple[Float32, Float32, Float32]:
+        """The same over the rows `positions` of kv, which is contiguous, [places, Dqk], bfloat16, float16 or float32."""
 
 
 def engine_name() -> str:

@@ -35,6 +35,7 @@ ONNX_TYPE = {
 FORMATS: dict[str, tuple[str, ...]] = {
     "index_scores": (),
     "attend": (),
+    "attend_rows": ("bfloat16", "float16", "float32"),
     "lightning_index": ("float8_e4m3fn", "int8", "bfloat16", "float16", "float32"),
     "sparse_attend": ("bfloat16", "float16", "float32"),
 }

@@ -143,7 +143,7 @@ class Row:
     weights: Value
     n_words: Value
     n_heads: Value
-    dots: Value  # of AMX: [2, BATCH, padded heads]
+    dots: Value  # of AMX: [2, groups of sixteen heads, BATCH, 16]
 
     def sums(self, j: Value) -> list[Value]:
         """Of the GROUP keys from j on."""
@@ -200,18 +200,14 @@ class Row:
         """The dot products of BATCH keys with all heads, 32 heads at a time."""
         code, b = self.code, self.code.b
         half, head_bytes, word_bytes = self._half(j), b.mul(self.n_heads, I64(4)), b.mul(self.n_words, I64(4))
-        keys = code.at(self.tile, b.mul(j, self.n_words), I32)
+        left = (code.at(self.tile, b.mul(j, self.n_words), I32), word_bytes, I64(4 * tiles.SIDE))
         steps = b.lshr(self.n_words, I64(4))
         with code.loop(0, self.n_heads, 2 * tiles.SIDE) as h:
-            places = [
-                code.at(half, b.add(b.mul(number(tiles.SIDE * i), self.n_heads), code.sum(h, tiles.SIDE * j)), F32)
-                for i in range(2)
-                for j in range(2)
-            ]
-            heads = code.at(self.panel, h, I32)
-            left = (keys, word_bytes, I64(4 * tiles.SIDE))
-            right = (heads, head_bytes, b.mul(head_bytes, I64(tiles.SIDE)))
-            tiles.products(code, steps, left, right, places, head_bytes, fresh=True)
+            # End to end: rows that lie a power of two apart would take each other's places in the cache.
+            place = code.at(half, b.mul(h, I64(BATCH)), F32)
+            places = [code.at(place, tiles.SIDE * (BATCH * j + tiles.SIDE * i), F32) for i in range(2) for j in range(2)]
+            right = (code.at(self.panel, h, I32), head_bytes, b.mul(head_bytes, I64(tiles.SIDE)))
+            tiles.products(code, steps, left, right, places, I64(4 * tiles.SIDE), fresh=True)
 
     def filled(self, j: Value, part: int) -> list[Value]:
         """As `sums`, of keys whose dot products are there: the GROUP from j + part on."""
@@ -220,7 +216,7 @@ class Row:
         sums = [code.variable(V, constant(V, 0.0)) for _ in range(GROUP)]
         with code.loop(0, self.n_heads, LANES * self.vectors) as h:
             for i, place in enumerate(sums):
-                row = code.at(half, b.add(b.mul(number(part + i), self.n_heads), h), F32)
-                dots = [code.load(row, v * LANES, V, F32) for v in range(self.vectors)]
+                key = code.at(half, b.add(b.mul(h, I64(BATCH)), number((part + i) * LANES)), F32)
+                dots = [code.load(key, v * LANES * BATCH, V, F32) for v in range(self.vectors)]
                 b.store(self._weighed(h, dots, code.value(place, V)), place)
         return [code.value(place, V) for place in sums]
