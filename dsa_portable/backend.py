@@ -54,6 +54,8 @@ class Backend:
     witness: Callable[[], int] | None = None
     # Like profile, but what says so: field -> a document, or "assumed"; None where the backend's own authors are the source.
     profile_sources: Callable[[Device | None, str, str, str], Mapping[str, str]] | None = None
+    # For `dsa-portable bench`: name -> (a call, its operations), the most that the chip does of what the operators are made of.
+    ceilings: Callable[[], Mapping[str, tuple[Callable[[], object], int]]] | None = None
     auto: bool = True  # False: chosen by name only, as a generic backend must be
     emulates: tuple[str, ...] = ()  # chips it can stand in for under `--emulate`
     contract: str = CONTRACT_VERSION

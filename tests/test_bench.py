@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from dsa_portable import registry
-from dsa_portable.conformance.bench import ceilings, curve, machine, markdown, peers, reference, run, timing
+from dsa_portable.conformance.bench import bars, ceilings, curve, machine, markdown, peers, reference, run, timing
+from dsa_portable.conformance.bench.bars import Bar
 from dsa_portable.conformance.bench.plot import svg
 from dsa_portable.conformance.bench.workloads import TABLE, Size, Workload, operands
 from dsa_portable.errors import InvalidArgument, Unsupported
@@ -41,6 +42,63 @@ def done(out: Path, table: Sequence[Workload] = (ATTEND, INDEX), **options: Any)
     said: list[str] = []
     code = run.run(backend="cpu", out=out, table=table, say=said.append, **options)
     return code, json.loads((out / "bench.json").read_text()), said
+
+
+# --- bars ---
+
+A_CEILING = Bar("lightning_index", bars.CEILING, "copy", 0.0)
+HARD = Bar("sparse_attend", bars.PEER, "NumPy eager", 1e9)
+CHECKED: dict[str, Any] = {"check": True, "peers": ("NumPy eager",)}
+
+
+def test_a_missed_bar_is_told_and_is_the_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bars.judged, "__defaults__", ((A_CEILING,),))
+    code, report, said = done(tmp_path / "met", **CHECKED)
+    assert (code, [(b["against"], b["met"]) for b in report["bars"]]) == (0, [("copy", True)])
+    monkeypatch.setattr(bars.judged, "__defaults__", ((A_CEILING, HARD),))
+    code, report, said = done(tmp_path / "missed", **CHECKED)
+    assert (code, [b["met"] for b in report["bars"]]) == (run.FAILED, [True, False])
+    assert any(line.startswith("bar: sparse_attend") and line.endswith("1e+09 are asked: MISSED") for line in said)
+    assert "| missed |" in (tmp_path / "missed" / "bench.md").read_text()
+    code, report, _ = done(tmp_path / "unasked", peers=("NumPy eager",))
+    assert (code, report["bars"]) == (0, [])
+
+
+def test_what_was_not_measured_is_no_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bars.judged, "__defaults__", ((Bar("lightning_index", bars.CEILING, "raw unicorns", 0.4),),))
+    code, report, _ = done(tmp_path, **CHECKED)
+    assert (code, [(b["measured"], b["met"]) for b in report["bars"]]) == (0, [(None, False)])
+
+
+def test_bars_are_of_an_engine_and_of_a_point_of_a_curve() -> None:
+    point = {"curve": "decode step of 1 request", "keys": 4096, "seconds": {"DSA": 2.0, "own kernel dense": 26.0}}
+    found = {"backend": {"name": "cpu"}, "device": {"versions": {"engine": "jit"}}}
+    report = {**found, "rows": [], "ceilings": {}, "curve": [point]}
+    bar = Bar("decode", bars.DENSE, "own kernel dense", 12.0, keys=4096, versions={"engine": "jit"})
+    assert [(b["measured"], b["met"]) for b in bars.judged(report, (bar,))] == [(13.0, True)]
+    assert bars.judged(report, (replace(bar, keys=8192),)) == []
+    assert bars.judged(report, (replace(bar, versions={"engine": "onnx"}),)) == []
+    assert bars.judged(report, (replace(bar, backend="cuda"),)) == []
+
+
+def test_ceilings_that_cannot_be_measured_cost_nothing_else() -> None:
+    def broken() -> Any:
+        raise ModuleNotFoundError("No module named 'onnx'")
+
+    found, missing = ceilings.measure(replace(cpu(), backend=replace(registry.load("cpu"), ceilings=broken)))
+    assert set(found) == {"copy", "float32"}
+    assert missing == {"those of backend 'cpu'": "ModuleNotFoundError: No module named 'onnx'"}
+
+
+def test_every_bar_is_about_calls_that_are_timed() -> None:
+    names = [w.on(cpu()).name for w in TABLE]
+    for bar in bars.BARS:
+        if bar.kind == bars.DENSE:
+            assert any(c.name.startswith(bar.call) and bar.keys in c.contexts for c in curve.SMALL)
+        else:
+            assert any(name.startswith(bar.call) and bar.within in name for name in names)
+        if bar.kind == bars.PEER:
+            assert bar.against in [peer.name for peer in peers.PEERS]
 
 
 # --- the table's arithmetic ---
@@ -139,7 +197,9 @@ def test_a_run_writes_everything_and_leaves_nothing_half_written(tmp_path: Path)
     assert {"evidence", "device", "environment", "command", "started", "finished", "clocks", "ceilings"} <= set(report)
     assert report["evidence"] == "HARDWARE"
     assert report["environment"]["packages"]["numpy"] == np.__version__
-    assert set(report["ceilings"]) == {"copy", "float32"}
+    own = registry.load("cpu").ceilings
+    assert own is not None
+    assert set(report["ceilings"]) == {"copy", "float32", *own()}
     (row,) = report["rows"]
     assert (row["status"], row["rows"], row["requests"], row["reached"]) == ("OK", 4, 1, True)
     assert len(row["rounds"]) == 2
@@ -262,8 +322,9 @@ def test_the_curve_compares_with_the_fastest_dense_attention(tmp_path: Path, mon
         ("prefill chunk", 64),
     ]
     for point in report["curve"]:
-        assert set(point["seconds"]) == {curve.DSA, curve.INDEX, "NumPy dense"}
-        assert point["gain"] == point["seconds"]["NumPy dense"] / point["seconds"][curve.DSA]
+        assert set(point["seconds"]) == {curve.DSA, curve.INDEX, "NumPy dense", "own kernel dense"}
+        dense = min(point["seconds"][name] for name in ("NumPy dense", "own kernel dense"))
+        assert point["gain"] == dense / point["seconds"][curve.DSA]
     for name in ("curve-decode.svg", "curve-prefill.svg"):
         assert f"({name})" in (tmp_path / "bench.md").read_text()
         ElementTree.parse(tmp_path / name)
@@ -274,7 +335,7 @@ def test_the_curve_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         machine.Machine, "call", lambda self, name, data: call(self, name, data) * (1 if name == "lightning_index" else 2)
     )
-    assert list(curve.check(cpu())) == [curve.DSA]
+    assert list(curve.check(cpu())) == [curve.DSA, "own kernel dense"]
 
 
 def test_a_plot_is_well_formed_and_holds_every_point() -> None:

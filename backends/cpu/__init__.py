@@ -11,6 +11,7 @@ import numpy as np
 
 from dsa_portable import profile
 from dsa_portable.backend import Backend, Device
+from dsa_portable.backends.cpu.ceilings import ceilings
 from dsa_portable.backends.cpu.jit import isa
 from dsa_portable.backends.cpu.settings import probe
 from dsa_portable.contract import ANY, YES, Capabilities
@@ -74,4 +75,5 @@ BACKEND = Backend(
     put=np.array,
     get=np.array,
     witness=time.process_time_ns,
+    ceilings=ceilings,
 )

@@ -1,4 +1,4 @@
-"""What the machine gives in the same run: a copy and dense matrix products, as its own libraries do them."""
+"""What the machine gives in the same run: a copy and dense matrix products, by its libraries and by the backend's own word."""
 
 from __future__ import annotations
 
@@ -42,13 +42,18 @@ class Bound:
 def measure(machine: Machine) -> tuple[dict[str, Ceiling], dict[str, str]]:
     """(ceilings by name, what could not be measured and why)."""
     contenders = _of_torch(machine) if machine.has_torch else _of_numpy(machine)
+    untold: dict[str, str] = {}
+    try:
+        contenders |= machine.backend.ceilings() if machine.backend.ceilings else {}
+    except Exception as exc:  # a library that only its ceilings need is not there: nothing else is lost
+        untold[f"those of backend {machine.backend.name!r}"] = f"{type(exc).__name__}: {exc}"
     found = in_turn(machine, {name: [call] for name, (call, _) in contenders.items()})
     ceilings = {
         name: Ceiling(name, contenders[name][1] / timing.seconds)
         for name, timing in found.items()
         if isinstance(timing, Timing)
     }
-    return ceilings, {name: f"{type(e).__name__}: {e}" for name, e in found.items() if isinstance(e, Exception)}
+    return ceilings, untold | {name: f"{type(e).__name__}: {e}" for name, e in found.items() if isinstance(e, Exception)}
 
 
 def bound(w: Workload, ceilings: dict[str, Ceiling]) -> Bound | None:

@@ -37,8 +37,8 @@ CURVES = (
     Curve("prefill chunk of 1024 rows", 1, 1024, 2048, tuple(1024 << i for i in range(1, 8))),
 )
 SMALL = (
-    Curve("decode step of 2 requests", 2, 1, 256, (512, 1024, 2048, 4096, 8192)),
-    Curve("prefill chunk of 8 rows", 1, 8, 256, (512, 1024, 2048, 4096)),
+    Curve("decode step of 1 request", 1, 1, 2048, tuple(1024 << i for i in range(1, 8))),
+    Curve("prefill chunk of 8 rows", 1, 8, 2048, tuple(1024 << i for i in range(1, 8))),
 )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -105,6 +106,23 @@ class Machine:
         self.backend.synchronize()
         return witness() > before
 
+    def memory_of(self, call: Callable[[], object]) -> int | None:
+        """Bytes by which the process, or the device's pool, grows during a call, results included; None where nobody counts."""
+        if self.device.kind == "cuda":
+            cuda = self.torch.cuda
+            cuda.reset_peak_memory_stats()
+            before = int(cuda.memory_allocated())
+            call()
+            return int(cuda.max_memory_allocated()) - before
+        try:
+            # Linux begins to count anew where a 5 is written there.
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        except OSError:
+            return None
+        before = _status("VmRSS")
+        call()
+        return max(0, _status("VmHWM") - before)
+
     def clocks(self) -> dict[str, str]:
         """Clocks, power and temperature as nvidia-smi tells them now; empty where there is none."""
         if self.device.kind != "cuda" or not shutil.which("nvidia-smi"):
@@ -117,6 +135,12 @@ class Machine:
         except (OSError, subprocess.SubprocessError):
             return {}
         return dict(zip(CLOCKS.split(","), map(str.strip, said.partition("\n")[0].split(",")), strict=False))
+
+
+def _status(field: str) -> int:
+    """Bytes, as Linux says of this process."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def find(name: str | None) -> Machine:

@@ -42,6 +42,18 @@ def line(row: Row) -> str:
     return f"{row['name']}\n    {duration(row['seconds'])}  {rate(row['rate'], row['unit'])}{share}{peers}"
 
 
+def bar_line(bar: Row) -> str:
+    """A bar on the terminal."""
+    measured = "nothing" if bar["measured"] is None else f"{bar['measured']:.2f}"
+    met = "met" if bar["met"] else "MISSED"
+    return f"bar: {bar['call']}: {measured} of {bar['against']}, {bar['least']:g} are asked: {met}"
+
+
+def memory(size: int | None) -> str:
+    """`1.5 MiB`."""
+    return "-" if size is None else f"{size / (1 << 20):.3g} MiB"
+
+
 def point_line(point: Row) -> str:
     """A point of a curve on the terminal."""
     times = ", ".join(f"{name} {duration(seconds)}" for name, seconds in point["seconds"].items())
@@ -66,6 +78,7 @@ def text(report: Row) -> str:
         *(f"Clocks {when}: {', '.join(f'{k} {v}' for k, v in clocks[when].items())}." for when in clocks if clocks[when]),
         *(f"Peer {name} was not there: {_cell(reason)}." for name, reason in report["peers_missing"].items()),
         _rates(report["rows"]),
+        _bars(report["bars"]),
         *_curves(report["curve"]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -92,9 +105,20 @@ def _rates(rows: Iterable[Row]) -> str:
     rows = list(rows)
     names = list(dict.fromkeys(name for row in rows for name in row["peers"]))
     return _table(
-        ["call", "time", "rate", "share", *names],
-        [[row["name"], *_measured(row), *(_peer(row["peers"].get(name)) for name in names)] for row in rows],
+        ["call", "time", "rate", "share", "memory", *names],
+        [
+            [row["name"], *_measured(row), memory(row["peak_memory"]), *(_peer(row["peers"].get(name)) for name in names)]
+            for row in rows
+        ],
     )
+
+
+def _bars(bars: Iterable[Row]) -> str:
+    rows = []
+    for bar in bars:
+        measured = "-" if bar["measured"] is None else f"{bar['measured']:.2f}"
+        rows.append([bar["call"], bar["against"], measured, f"{bar['least']:g}", "met" if bar["met"] else "missed"])
+    return _table(["call", "against", "measured", "asked", ""], rows) if rows else ""
 
 
 def _measured(row: Row) -> list[str]:

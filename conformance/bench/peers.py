@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from dsa_portable.arrays import from_numpy, to_numpy
 from dsa_portable.conformance.bench import reference
 from dsa_portable.conformance.bench.machine import Machine, Operands
 from dsa_portable.conformance.bench.timing import Call
@@ -62,6 +64,24 @@ def _needs(kind: str) -> Callable[[Machine], str]:
 
 def _needs_numpy_on_the_host(machine: Machine) -> str:
     return _needs("numpy")(machine) or ("" if machine.is_host else "it would take hours over an accelerator's workloads")
+
+
+def _no_torch_on_the_host(machine: Machine) -> str:
+    if machine.backend.arrays != "numpy" or not machine.is_host:
+        return "it is for hosts whose backend takes NumPy arrays"
+    if find_spec("torch") is None:
+        return "torch is not installed"
+    # Threads that spin between torch's calls would take the cores from whoever is timed next.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    return ""
+
+
+def _no_compiler(machine: Machine) -> str:
+    return _no_torch_on_the_host(machine) or ("" if shutil.which("g++") else "torch.compile needs g++, which is not there")
+
+
+def _not_a_host(machine: Machine) -> str:
+    return "" if machine.is_host else "it would take hours over an accelerator's workloads"
 
 
 def _no_portable_kernels(machine: Machine) -> str:
@@ -217,6 +237,92 @@ def _sdpa_dense(machine: Machine, w: Workload, operands: Operands) -> Call:
     return call
 
 
+# --- torch on a host, over the same memory ---
+
+
+def _on_host(build: Callable[[Machine, Workload, Operands], Call]) -> Callable[[Machine, Workload, Operands], Call]:
+    """`build` over torch tensors that share the operands' memory; results are NumPy's, of the same memory too."""
+
+    def built(machine: Machine, w: Workload, operands: Operands) -> Call:
+        theirs = {name: from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in operands.items()}
+        call = build(machine, w, theirs)
+        return lambda: to_numpy(call())
+
+    return built
+
+
+def _scores(torch: Any, q: Any, k: Any, weights: Any) -> Any:
+    """[rows, keys] of [rows, heads, dim] and [dim, keys]."""
+    products = torch.relu(q.flatten(0, 1) @ k).view(*q.shape[:2], -1)
+    return torch.bmm(weights[:, None], products)[:, 0]
+
+
+def _index_chunks(compiled: bool) -> Callable[[Machine, Workload, Operands], Call]:
+    """float32, sixteen rows at a time."""
+
+    def build(machine: Machine, w: Workload, operands: Operands) -> Call:
+        torch, s = machine.torch, w.size
+        q, k, weights, scale = (_by_request(w, operands[name]) for name in ("q", "k", "weights", "k_scale"))
+        scores = partial(_scores, torch)
+        scores = torch.compile(scores, dynamic=True) if compiled else scores
+        position = torch.arange(s.keys)
+
+        def call() -> Any:
+            found = []
+            for r in range(s.requests):
+                keys = k[r].float().T
+                for first in range(0, w.rows_each, 16):
+                    rows = slice(first, min(first + 16, w.rows_each))
+                    got = scores(q[r, rows].float(), keys, weights[r, rows]) * scale[r]
+                    if w.causal:
+                        end = s.keys - w.rows_each + 1 + torch.arange(rows.start, rows.stop)
+                        got.masked_fill_(position >= end[:, None], -torch.inf)
+                    found.append(_top(torch, got, s.topk))
+            return torch.cat(found)
+
+        return call
+
+    return build
+
+
+def _attend_rows(attention: Callable[[Any, Any, Any, float], Any]) -> Callable[[Machine, Workload, Operands], Call]:
+    """Row by row, over gathered keys."""
+
+    def build(machine: Machine, w: Workload, operands: Operands) -> Call:
+        q, kv, scale = operands["q"], operands["kv"], operands["softmax_scale"]
+        places = machine.torch.from_numpy(operands["batch"].to_flat(to_numpy(operands["indices"])).astype(np.int64))
+
+        def call() -> Any:
+            rows = []
+            for row, place in zip(q, places, strict=True):
+                rows.append(attention(machine.torch, row, kv[place[place >= 0]], scale))
+            return machine.torch.stack(rows)
+
+        return call
+
+    return build
+
+
+def _products(torch: Any, q: Any, keys: Any, scale: float) -> Any:
+    p = torch.softmax((q @ keys.T).float() * scale, -1).to(q.dtype)
+    return p @ keys[:, :VALUE_DIM]
+
+
+def _sdpa(torch: Any, q: Any, keys: Any, scale: float) -> Any:
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    return sdpa(q[None, None], keys[None, None], keys[None, None, :, :VALUE_DIM], scale=scale)[0, 0]
+
+
+# --- our own kernel over every key ---
+
+
+def _own_dense(machine: Machine, w: Workload, operands: Operands) -> Call:
+    indices = np.tile(np.arange(w.size.keys, dtype=np.int32), (w.size.rows, 1))
+    ends = machine.fetch(operands)["batch"].key_range(w.size.rows)[1]
+    given = {**operands, "indices": machine.backend.put(np.where(indices < np.asarray(ends)[:, None], indices, -1))}
+    return partial(machine.call, "sparse_attend", given)
+
+
 # --- the cuda backend without kernels of one architecture ---
 
 
@@ -283,6 +389,11 @@ PEERS = (
     Peer("portable Triton", BOTH, _no_portable_kernels, lambda w: "", _portable),
     Peer("FlashMLA", ("sparse_attend",), _no_flash_mla, _only_flash_mla_prefill, _flash_mla),
     Peer("torch eager", BOTH, _needs("torch"), _only_flat, _eager),
+    Peer("torch float32 chunks", BOTH[:1], _no_torch_on_the_host, _only_flat, _on_host(_index_chunks(compiled=False))),
+    Peer("torch compile", BOTH[:1], _no_compiler, _only_flat, _on_host(_index_chunks(compiled=True))),
+    Peer("torch rows", BOTH[1:], _no_torch_on_the_host, _only_flat, _on_host(_attend_rows(_products))),
+    Peer("torch SDPA rows", BOTH[1:], _no_torch_on_the_host, _only_flat, _on_host(_attend_rows(_sdpa))),
+    Peer("torch bfloat16 slabs", BOTH, _no_torch_on_the_host, _only_flat, _on_host(_eager)),
     Peer("NumPy eager", BOTH, _needs_numpy_on_the_host, lambda w: "", _numpy),
 )
 # Attention over all keys in latent space; the fastest of them is what sparse attention is compared with.
@@ -290,5 +401,6 @@ DENSE = (
     Peer("FlashMLA dense", (), _no_flash_mla, _only_flat, _flash_mla_dense),
     Peer("torch SDPA dense", (), _needs("torch"), _only_flat, _sdpa_dense),
     Peer("torch eager dense", (), _needs("torch"), _only_flat, _eager_dense),
+    Peer("own kernel dense", (), _not_a_host, _only_flat, _own_dense),
     Peer("NumPy dense", (), _needs_numpy_on_the_host, _only_flat, _numpy_dense),
 )

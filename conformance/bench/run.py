@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dsa_portable.conformance.bench import ceilings, curve, machine, markdown, peers, reference
+from dsa_portable.conformance.bench import bars, ceilings, curve, machine, markdown, peers, reference
 from dsa_portable.conformance.bench.ceilings import Ceiling
 from dsa_portable.conformance.bench.machine import Machine
 from dsa_portable.conformance.bench.peers import Peer
@@ -43,10 +43,11 @@ def run(
     command: str = "dsa_portable.conformance.bench.run.run()",
     table: Sequence[Workload] = TABLE,
 ) -> int:
-    """Time the workloads of `table` and return the exit code: 0; 1 a FAIL or ERROR row; 3 nothing was timed, or not all.
+    """Time the workloads of `table`. Exit code: 0; 1 a FAIL or ERROR row, or a missed bar; 3 nothing was timed, or not all.
 
     operator, only: of this operator alone, with this in their name.  peers: names of peers; all that are installed when empty.
-    check: each call at a small size against float64 first; a wrong one is FAIL and not timed.  curve: the cost curves too.
+    check: each call at a small size against float64 first; a wrong one is FAIL and not timed; and bars.py at the end.
+    curve: the cost curves too.
     Writes bench.json and bench.md into `out`, with the curves' SVGs. Raises InvalidArgument or ReportDirectoryError for what
     cannot be run as it was asked, and BackendError where there is no backend.
     """
@@ -108,6 +109,7 @@ class _Run:
             "rows": [],
             "curve": [],
             "curve_check": {},
+            "bars": [],
         }
 
     def run(self) -> int:
@@ -127,6 +129,10 @@ class _Run:
                 self._curves()
         except KeyboardInterrupt:
             self.report["interrupted"] = True
+        if self.check:
+            self.report["bars"] = bars.judged(self.report)
+            for bar in self.report["bars"]:
+                self.say(markdown.bar_line(bar))
         self.report |= {"finished": _now(), "clocks": {**self.report["clocks"], "after": self.machine.clocks()}}
         self._write()
         code = self._exit_code()
@@ -168,6 +174,7 @@ class _Run:
             "ceiling": None,
             "share": None,
             "peers": {},
+            "peak_memory": None,
             "reached": False,
         }
         try:
@@ -201,6 +208,7 @@ class _Run:
                     told[peer.name] = {"reason": f"{type(exc).__name__}: {exc}"}
                     calls.pop(peer.name, None)
         reached = self.machine.reached_by(calls[""][0])
+        peak_memory = self.machine.memory_of(calls[""][0])
         timings = in_turn(self.machine, calls, graph=w.phase == "decode")
         own_time = timings.pop("")
         if isinstance(own_time, Exception):
@@ -213,6 +221,7 @@ class _Run:
             )
         return {
             "reached": reached,
+            "peak_memory": peak_memory,
             "seconds": own_time.seconds,
             "rounds": list(own_time.rounds),
             "peers": told,
@@ -299,6 +308,8 @@ class _Run:
         if any(row["status"] in (FAIL, ERROR) for row in rows) or (self.curve and curve.DSA in wrong):
             return FAILED
         if any(curve.DSA in point["problems"] for point in self.report["curve"]):
+            return FAILED
+        if any(not bar["met"] and bar["measured"] is not None for bar in self.report["bars"]):
             return FAILED
         return INCOMPLETE if self.report["interrupted"] or not any(row["status"] == OK for row in rows) else 0
 

@@ -107,15 +107,20 @@ def _attend(heads: int, size: Size, small: Size, *, layout: str | None = None) -
     return Workload("sparse_attend", heads, size, small, "bfloat16", layout=layout)
 
 
-CHUNK, SMALL_CHUNK = Size(4096, 65536), Size(16, 4096, 512)
+# Of a host's processor: some tenths of a second where kernels are good.
+CHUNK, ROWS, ONE = Size(4096, 65536), Size(32, 131072), Size(1, 131072)
 TABLE = (
-    *(_attend(heads, CHUNK, SMALL_CHUNK) for heads in (128, 64, 32, 16)),
-    *(_attend(128, Size(r, 65536, 2048, r), Size(s, 4096, 512, s)) for r, s in ((64, 4), (8, 2), (1, 1))),
-    _attend(128, Size(64, 65536, 2048, 64), Size(2, 4096, 512, 2), layout="v32_fp8_656_nsr"),
-    _index(CHUNK, SMALL_CHUNK),
-    _index(CHUNK, SMALL_CHUNK, causal=True),
-    *(_index(Size(r, 65536, 2048, r), Size(s, 4096, 512, s), causal=True) for r, s in ((64, 4), (8, 2), (1, 1))),
-    _index(Size(64, 65536, 2048, 64), Size(2, 4096, 512, 2), causal=True, layout="idx_fp8_132_planar"),
+    *(_attend(heads, CHUNK, ROWS) for heads in (128, 64, 32, 16)),
+    *(_attend(128, Size(r, 65536, 2048, r), Size(s, 32768, 2048, s)) for r, s in ((64, 8), (8, 2))),
+    _attend(128, Size(1, 65536, 2048, 1), ONE),
+    _attend(128, Size(64, 65536, 2048, 64), Size(8, 32768, 2048, 8), layout="v32_fp8_656_nsr"),
+    _index(CHUNK, Size(512, 8192)),
+    _index(CHUNK, Size(2048, 2048), causal=True),
+    _index(Size(4096, 8192), Size(512, 8192), causal=True),
+    _index(Size(1024, 131072), Size(32, 131072), causal=True),
+    *(_index(Size(r, 65536, 2048, r), Size(s, 32768, 2048, s), causal=True) for r, s in ((64, 8), (8, 2))),
+    _index(Size(1, 65536, 2048, 1), ONE, causal=True),
+    _index(Size(64, 65536, 2048, 64), Size(8, 32768, 2048, 8), causal=True, layout="idx_fp8_132_planar"),
 )
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from llvmlite import ir
 
 from dsa_portable.backends.cpu.jit import emit, isa
-from dsa_portable.backends.cpu.jit.kernels import attend, score, select
+from dsa_portable.backends.cpu.jit.kernels import attend, loops, score, select
 from dsa_portable.errors import DeviceUnavailable
 
 llvm.initialize_native_target()
@@ -25,6 +25,9 @@ llvm.initialize_native_asmprinter()
 # What must live as long as a function may be called; and LLVM compiles for one thread at a time.
 _KEPT: list[Any] = []
 _LOCK = threading.Lock()
+# Scratch of each thread, as large as what it last asked for.
+_OWN, _NOTHING = threading.local(), np.empty(0, np.uint8)
+KEPT_BYTES = 4 << 20
 _C = {ir.PointerType: ctypes.c_void_p, ir.IntType: ctypes.c_int64, ir.FloatType: ctypes.c_float}
 
 
@@ -57,9 +60,16 @@ def _refused(found: isa.Isa) -> str:
     return "the operating system hands out no tile state"
 
 
-def aligned(size: int) -> np.ndarray[Any, Any]:
-    """Bytes that begin a cache line, which rows of tiles then do not straddle."""
-    held = np.empty(size + 64, np.uint8)
+def scratch(size: int) -> np.ndarray[Any, Any]:
+    """Bytes of this thread's own, valid until it asks again; they begin a cache line, which rows of tiles then do not straddle.
+
+    What is small stays with the thread: a decode step would spend a tenth of its time on pages that it gives back.
+    """
+    held: np.ndarray[Any, Any] = getattr(_OWN, "held", _NOTHING)
+    if held.size < size + 64:
+        held = np.empty(size + 64, np.uint8)
+        if size <= KEPT_BYTES:
+            _OWN.held = held
     start = -held.ctypes.data % 64
     return held[start : start + size]
 
@@ -74,6 +84,18 @@ def scoring(format: str, heads: int) -> tuple[Callable[..., None], int]:
 def selecting() -> Callable[..., None]:
     """The function of kernels/select.py."""
     return _selecting(chosen())
+
+
+def looping() -> dict[str, Callable[..., None]]:
+    """The loops of kernels/loops.py that this processor has, by name."""
+    found = chosen()
+    there = {"raw float32 FMA": True, "raw bfloat16 pairs": found.pairs, "raw AMX tiles": found.tiles}
+    return {name: _looping(found, name) for name in loops.LOOPS if there[name]}
+
+
+@cache
+def _looping(found: isa.Isa, name: str) -> Callable[..., None]:
+    return _compiled(found, "loop", loops.ARGUMENTS, lambda module: loops.emit(module, name))
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def index_select(request: SelectRequest) -> Array:
 def _selected(scores: Array, low: int, starts: Array, ends: Array, topk: int, first: int = 0) -> Array:
     """int32 [rows, topk] of the rows of `scores` from `first` on, whose column 0 is position `low`."""
     indices = np.full((len(starts), topk), -1, np.int32)
-    scratch = compile.aligned(select.scratch_bytes(scores.shape[1], topk))
+    scratch = compile.scratch(select.scratch_bytes(scores.shape[1], topk))
     rows = scores[first : first + len(starts)]
     compile.selecting()(
         rows.ctypes.data,
@@ -168,7 +168,7 @@ class Block:
         count, weights = len(q), np.zeros((len(q), heads), np.float32)
         weights[:, : q.shape[1]] = widen(self.request.weights[self.rows])
         starts, ends = self.starts[self.rows], self.ends[self.rows]
-        scratch = compile.aligned(score.scratch_bytes(*q.shape))
+        scratch = compile.scratch(score.scratch_bytes(*q.shape))
         function(
             q.ctypes.data,
             q.strides[0],

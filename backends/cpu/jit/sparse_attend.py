@@ -75,14 +75,13 @@ class Task:
         request, count = self.request, self.rows.stop - self.rows.start
         heads, dim, value_dim = self.heads.stop - self.heads.start, request.dims["Dqk"], request.value_dim
         wide, columns = (attend.padded(n, self.kernel.vectors) for n in (heads, value_dim))
-        acc = np.empty((count, wide, columns), np.float32)
+        sums, needed = 4 * count * wide * columns, attend.scratch_bytes(request.indices.shape[1], heads, dim, value_dim)
+        scratch = compile.scratch(sums + needed)
+        acc, scratch = scratch[:sums].view(np.float32).reshape(count, wide, columns), scratch[sums:]
         tops, totals = (np.empty((count, wide), np.float32) for _ in range(2))
         q = request.q[self.rows, self.heads]
-        if request.kv_layout is not None:
-            q = widen(q)
-        elif q.strides[-1] != q.itemsize:
-            q = np.ascontiguousarray(q)
-        scratch = compile.aligned(attend.scratch_bytes(request.indices.shape[1], heads, dim, value_dim))
+        q = q if request.kv_layout is None else widen(q)
+        q = q if q.strides[-1] == q.itemsize else np.ascontiguousarray(q)
 
         def call(row: int, rows: int, indices: Array, counts: Array, keys: Keys, fresh: bool = True) -> None:
             self.kernel.attend(
