@@ -19,7 +19,8 @@ from dsa_portable import Batch, DeviceUnavailable, lightning_index, sparse_atten
 from dsa_portable.backends.cpu import BACKEND
 from dsa_portable.backends.cpu.index_select import top
 from dsa_portable.backends.cpu.jit import compile, emit, isa, selftest
-from dsa_portable.backends.cpu.jit.kernels import attend, score, select, widen
+from dsa_portable.backends.cpu.jit.kernels import attend, score, select, tiles, widen
+from tests import tiles_emulated
 
 NDArray = npt.NDArray[Any]
 HERE = [each.name for each in isa.TABLE if not (isa.lacking(each, compile._features()) or compile._refused(each))]
@@ -192,6 +193,48 @@ def test_the_profile_is_of_the_instruction_set_that_runs(instructions: str) -> N
     assert BACKEND.profile(device, "lightning_index", "e4m3/f32/f32", "decode").subnormals == "kept"
 
 
+# --- AMX without a chip that has it ---
+
+
+@pytest.mark.skipif("avx512" not in HERE, reason="the emulated tiles are filled with AVX512")
+@pytest.mark.parametrize("format", ["e4m3", "int8", "bf16"])
+@pytest.mark.parametrize(("rows", "keys", "heads", "dim"), [(3, 600, 64, 128), (2, 61, 5, 33), (2, 513, 96, 128)])
+def test_emulated_tiles_score(
+    monkeypatch: pytest.MonkeyPatch, recompiled: None, format: str, rows: int, keys: int, heads: int, dim: int
+) -> None:
+    tiles_emulated.install(monkeypatch)
+    for name, value in (("ENGINE", "jit"), ("ISA", "amx"), ("THREADS", "1")):
+        monkeypatch.setenv(f"DSA_CPU_{name}", value)
+    operands = index_operands(format, rows, keys, heads, dim)
+    _, scores = lightning_index(**operands, topk=keys, return_scores=True, backend="cpu")
+    truth = chain(operands)
+    for row in range(rows):
+        seen = keys - rows + row + 1
+        np.testing.assert_allclose(scores[row, :seen], truth[row, :seen], atol=1e-6 * np.abs(truth).max())
+
+
+@pytest.mark.skipif("avx512" not in HERE, reason="the emulated tiles are filled with AVX512")
+@pytest.mark.parametrize(("heads", "dim", "value_dim", "keys"), [(20, 36, 20, 300), (128, 64, 64, 31), (48, 70, 33, 700)])
+def test_emulated_tiles_attend(
+    monkeypatch: pytest.MonkeyPatch, recompiled: None, heads: int, dim: int, value_dim: int, keys: int
+) -> None:
+    tiles_emulated.install(monkeypatch)
+    for name, value in (("ENGINE", "jit"), ("ISA", "amx"), ("THREADS", "1")):
+        monkeypatch.setenv(f"DSA_CPU_{name}", value)
+    rng = np.random.default_rng(heads)
+    q, kv = (rng.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16) for shape in ((2, heads, dim), (900, dim)))
+    indices = rng.integers(-3, 900, (2, keys)).astype(np.int32)
+    options: dict[str, Any] = {"softmax_scale": 0.3, "value_dim": value_dim, "batch": Batch.dense(2, 900), "return_lse": True}
+    out, lse = sparse_attend(q, kv, indices, **options, backend="cpu")
+    for row in range(2):
+        chosen = kv[indices[row][indices[row] >= 0]].astype(np.float64)
+        logits = 0.3 * q[row].astype(np.float64) @ chosen.T
+        p = np.exp(logits - logits.max(1, keepdims=True))
+        truth = p @ chosen[:, :value_dim] / p.sum(1, keepdims=True)
+        assert np.linalg.norm(out[row].astype(np.float64) - truth) < 4e-3 * np.linalg.norm(truth)
+        np.testing.assert_allclose(lse[row], logits.max(1) + np.log(p.sum(1)), atol=1e-5)
+
+
 # --- which engine runs ---
 
 
@@ -293,10 +336,21 @@ def _never(self: Any, h: Any, old: Any, new: Any) -> None:
     return None
 
 
+def _of_the_neighbour(code: emit.Code, place: Any) -> None:
+    """Tiles of fifteen rows: what is configured for somebody else's kernel."""
+    for i in range(8):
+        code.store(emit.I64(1 if i == 0 else 0), place, i)
+    for tile in range(8):
+        code.store(emit.I16(4 * tiles.SIDE), place, 8 + tile)
+        code.store(emit.I8(tiles.SIDE - 1), place, 48 + tile)
+    code.call("llvm.x86.ldtilecfg", emit.VOID, place)
+
+
 PLANTED: tuple[tuple[str, Any, str, Any, Callable[[], None], str], ...] = (
     ("pairs in the other order", widen, "_write", _unswapped, _index_is_the_chain, "avx512-bf16"),
     ("a tile that reads its last key but one twice", score, "_key", _neighbour, _selftest_agrees, ""),
     ("-0.0 below 0.0", select, "_ranks", _signed, _selects_signed_zeros, ""),
+    ("tiles as a neighbour configures them", tiles, "configure", _of_the_neighbour, _selftest_agrees, "amx"),
     ("sums not scaled to the new maximum", attend.Attend, "_rescale", _never, _attends, ""),
 )
 

@@ -25,6 +25,8 @@ Array: TypeAlias = np.ndarray[Any, Any]
 
 # Rows that meet a tile of keys while it is widened.
 ROWS = 16
+# Parts of the keys of a decode step for each worker, since workers are not equally fast.
+PARTS = 4
 # A row of scores may be read and written so far behind its end.
 SLACK = score.BATCH
 
@@ -216,7 +218,7 @@ def _run(request: Scored, finish: Finish) -> None:
 
 def _shared(block: Block, finish: Finish, workers: int) -> None:
     scores = block.empty_scores()
-    step = -(-(block.high - block.low) // (workers * score.TILE)) * score.TILE
+    step = -(-(block.high - block.low) // (PARTS * workers * score.TILE)) * score.TILE
 
     def part(first: int) -> None:
         block.score(scores, first, min(first + step, block.high))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from dsa_portable.backends.cpu.jit.emit import F32, I32, I64, LANES, PAIRS, PTR, VI, Code, V, Value, constant, number
+from dsa_portable.backends.cpu.jit.emit import F32, I32, I64, LANES, PAIRS, PTR, VI, VOID, Code, V, Value, constant, number
 from dsa_portable.backends.cpu.jit.isa import Isa
 from dsa_portable.backends.cpu.jit.kernels import tiles, widen
 
@@ -100,6 +100,8 @@ def emit(module: ir.Module, isa: Isa, format: str, vectors: int, ragged: bool) -
                 with code.when(b.icmp_signed("<", start, end)):
                     row.fill(start)
             with code.loop(start, end, group) as j:
+                with code.when(b.icmp_signed("==", t, I64(0))):
+                    _fetch(code, format, code.sum(p, TILE, j), group)
                 if in_tiles:
                     with code.when(b.icmp_signed("<", code.sum(j, group), end)):
                         row.fill(code.sum(j, group))
@@ -117,6 +119,15 @@ def _key(code: Code, position: Value) -> Value:
     b = code.b
     page, slot = b.udiv(position, code["page_size"]), b.urem(position, code["page_size"])
     return code.at(code.pointer(code.load(code["pages"], page, I64)), b.mul(slot, code["k_row"]))
+
+
+def _fetch(code: Code, format: str, first: Value, count: int) -> None:
+    """Ask for keys of the next tile, for which the products of this one leave memory all the time it needs."""
+    size = code.b.mul(code["dim"], I64(widen.BYTES[format]))
+    with code.loop(first, code.least(code.sum(first, count), code["last"])) as position:
+        key = _key(code, position)
+        with code.loop(0, size, 64) as line:
+            code.call("llvm.prefetch.p0", VOID, code.at(key, line), I32(0), I32(2), I32(1))
 
 
 def _panel(code: Code, widened: Value, n_words: Value, n_heads: Value, panel: Value) -> None:

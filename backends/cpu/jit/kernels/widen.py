@@ -13,6 +13,7 @@ from dsa_portable.backends.cpu.jit.emit import F16, F32, I8, I16, I32, Code, Val
 
 # Operand formats, as the contract names them -> what memory holds of one number.
 STORED = {"e4m3": I8, "int8": I8, "bf16": I16, "f16": F16, "f32": F32}
+BYTES = {"e4m3": 1, "int8": 1, "bf16": 2, "f16": 2, "f32": 4}
 
 
 def to_float32(code: Code, format: str, stored: Value) -> Value:
