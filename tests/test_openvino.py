@@ -244,6 +244,16 @@ def test_attends_as_numpy(monkeypatch: pytest.MonkeyPatch, dtype: Any, writeable
         np.testing.assert_allclose(mine, theirs, rtol=2e-2 if dtype != np.float32 else 1e-5, atol=1e-5)
 
 
+def test_transposed_arrays() -> None:
+    """Of which copies are made, that must live as long as the call."""
+    rng, engine = np.random.default_rng(0), openvino_engine.Engine("f32")
+    q, kv = (rng.standard_normal(shape).astype(np.float32) for shape in ((64, 576), (2048, 576)))
+    straight = engine.attend(q, kv, 0.1, 512)
+    for _ in range(8):
+        for ours, theirs in zip(engine.attend(q.T.copy().T, kv.T.copy().T, 0.1, 512), straight, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
 @pytest.mark.parametrize("heads", [1, 3, 64])
 @pytest.mark.parametrize("dim", [8, 128])
 def test_index_bits_of_every_tile(heads: int, dim: int) -> None:

@@ -117,9 +117,11 @@ class Graph:
 
     def __call__(self, feeds: Mapping[str, Any]) -> tuple[Array, ...]:
         """The results in the graph's order, copied: the next call writes where they were."""
+        # To be held here until the end: a request knows where a tensor's memory is, and does not keep it alive.
+        tensors = {name: each if isinstance(each, openvino.Tensor) else _shared(each) for name, each in feeds.items()}
         try:
-            for name, value in feeds.items():
-                self._request.set_tensor(name, value if isinstance(value, openvino.Tensor) else _shared(value))
+            for name, tensor in tensors.items():
+                self._request.set_tensor(name, tensor)
             found = self._request.infer(share_outputs=False)
             return tuple(found[port] for port in self._compiled.outputs)
         finally:
