@@ -19,7 +19,6 @@ import numpy as np
 import onnx
 import onnx.inliner
 
-from dsa_portable.backends.cpu.rows import widen
 from dsa_portable.backends.cpu.settings import Array, Float32
 from dsa_portable.errors import DeviceUnavailable
 
@@ -200,7 +199,7 @@ class Engine:
         graph = f"attend_rows.{kv.dtype.name}"
         # A cache that is write-protected would be copied.
         if not kv.flags.writeable or not _in_place(graph, self._precision, device()):
-            return self.attend(q, widen(kv[positions]), softmax_scale, value_dim)
+            kv, positions = kv[positions], np.arange(len(positions))
         # Of a cache of bfloat16, which NumPy does not have, OpenVINO is told that these sixteen bits are some.
         bits = kv.dtype == ml_dtypes.bfloat16
         stored = openvino.Tensor(kv.view(np.uint16), kv.shape, openvino.Type.bf16) if bits else _shared(kv)
