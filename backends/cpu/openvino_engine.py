@@ -47,7 +47,12 @@ CPU_CONFIG = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "ENABLE_CPU_PINNING"
 
 def device() -> str:
     """`DSA_OPENVINO_DEVICE`, CPU by default; one that is here, since AUTO and its like would choose for themselves."""
-    name, here = os.environ.get("DSA_OPENVINO_DEVICE") or "CPU", _core().available_devices
+    return _found(os.environ.get("DSA_OPENVINO_DEVICE") or "CPU")
+
+
+@cache
+def _found(name: str) -> str:
+    here = _core().available_devices
     if name not in here and name not in {each.partition(".")[0] for each in here}:
         raise DeviceUnavailable(
             f"DSA_OPENVINO_DEVICE is {name!r}, but OpenVINO finds {', '.join(here)} here; set one of them or unset it."
