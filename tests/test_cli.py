@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from dsa_portable import Batch, __version__, cli, conformance, lightning_index, sparse_attend
+from dsa_portable.backends.cpu.settings import ENGINES
 from dsa_portable.conformance import lists
 from dsa_portable.conformance.cases.catalogue import CASES
 from tests import plugins
@@ -131,7 +132,11 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path: Path, name: str)
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        ("DSA_CPU_ENGINE", "foo", "DSA_CPU_ENGINE is 'foo', but onnx, numpy, jit are engines; set one of them or unset it."),
+        (
+            "DSA_CPU_ENGINE",
+            "foo",
+            f"DSA_CPU_ENGINE is 'foo', but {', '.join(ENGINES)} are engines; set one of them or unset it.",
+        ),
         ("DSA_CPU_MEMORY", "12", "DSA_CPU_MEMORY is 12 bytes, but one tile needs at least 16777216; raise it."),
         ("DSA_CPU_MEMORY", "1G", "DSA_CPU_MEMORY is '1G', but a whole number >= 1 is accepted; set one or unset it."),
         ("DSA_CPU_THREADS", "0", "DSA_CPU_THREADS is '0', but a whole number >= 1 is accepted; set one or unset it."),

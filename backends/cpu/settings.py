@@ -1,4 +1,7 @@
-"""What the environment sets: `DSA_CPU_ENGINE`, `DSA_CPU_ISA`, `DSA_CPU_MEMORY` (bytes of scratch), `DSA_CPU_THREADS`."""
+"""What the environment sets: `DSA_CPU_ENGINE`, `DSA_CPU_ISA`, `DSA_CPU_MEMORY` (bytes of scratch), `DSA_CPU_THREADS`.
+
+`DSA_OPENVINO_DEVICE` is read where it counts, in openvino_engine.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import platform
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any, Protocol, TypeAlias, TypeVar
@@ -31,17 +34,27 @@ class Kind:
 
     packages: tuple[str, ...] = ()  # beside NumPy
     operators: Mapping[str, str] = field(default_factory=dict)
+    module: str = ""  # whose Engine gives the tiles
+    arguments: tuple[str, ...] = ()  # of Engine and of facts
+    facts: str = ""  # what tells more of the device, and raises DeviceUnavailable where the engine cannot run
+    extra: str = ""  # what installs the packages, where the backend's own does not
 
 
-_JIT = "dsa_portable.backends.cpu.jit"
+_HERE = "dsa_portable.backends.cpu"
+_JIT, _OPENVINO = f"{_HERE}.jit", f"{_HERE}.openvino_engine"
+_OF_OPENVINO = partial(Kind, ("openvino", "onnx"), module=_OPENVINO, facts=f"{_OPENVINO}:facts", extra="openvino")
 ENGINES = {
-    "onnx": Kind(("onnxruntime",)),
-    "numpy": Kind(),
+    "onnx": Kind(("onnxruntime",), module=f"{_HERE}.onnx_engine"),
+    "numpy": Kind(module=f"{_HERE}.numpy_engine"),
     "jit": Kind(
         ("llvmlite",),
         {name: f"{_JIT}.lightning_index:{name}" for name in ("lightning_index", "index_scores", "index_select")}
         | {"sparse_attend": f"{_JIT}.sparse_attend:sparse_attend"},
+        facts=f"{_JIT}.compile:facts",
     ),
+    # Never chosen unasked. By its own default OpenVINO computes in bfloat16 where the processor does.
+    "openvino": _OF_OPENVINO(arguments=("f32",)),
+    "openvino-bf16": _OF_OPENVINO(arguments=("bf16",)),
 }
 DEFAULT_MEMORY = 1 << 30
 # One tile of keys with all its head scores must fit; below this no chunking helps.
@@ -93,19 +106,20 @@ def why_not_jit() -> str:
 
 @cache
 def _load(name: str) -> Engine:
-    engine: Engine = import_module(f"dsa_portable.backends.cpu.{name}_engine").Engine()
+    kind = ENGINES[name]
+    engine: Engine = import_module(kind.module).Engine(*kind.arguments)
     return engine
 
 
 @cache
-def _own(name: str, operator: str) -> Callable[..., Any] | None:
-    module, _, function = ENGINES[name].operators.get(operator, "").partition(":")
+def _named(path: str) -> Callable[..., Any] | None:
+    module, _, function = path.partition(":")
     return getattr(import_module(module), function) if module else None
 
 
 def own(operator: str) -> Callable[..., Any] | None:
     """The operator as the engine in force computes it as a whole; None where it gives tiles for it."""
-    return _own(engine_name(), operator)
+    return _named(ENGINES[engine_name()].operators.get(operator, ""))
 
 
 def engine() -> Engine:
@@ -137,10 +151,22 @@ def _positive(variable: str, default: int) -> int:
 
 def check() -> None:
     """Raise DeviceUnavailable where a variable is set to what cannot be."""
-    for setting in (engine_name, threads, memory):
+    for setting in (engine_name, threads, memory, _facts):
         setting()
-    if engine_name() == "jit":
-        import_module(f"{_JIT}.compile").chosen()
+
+
+def _facts() -> dict[str, str]:
+    """What the engine in force tells of itself."""
+    name = engine_name()
+    kind = ENGINES[name]
+    try:
+        tell = _named(kind.facts)
+    except ModuleNotFoundError as exc:
+        if not kind.extra:
+            raise
+        cure = f"pip install 'dsa-portable[{kind.extra}]'"
+        raise DeviceUnavailable(f"the {name} engine needs {exc.name}, which is not installed; run: {cure}") from exc
+    return tell(*kind.arguments) if tell else {}
 
 
 @cache
@@ -172,10 +198,8 @@ def probe() -> Device:
     packages = ("numpy", "ml_dtypes", *ENGINES[name].packages)
     for package in packages:
         import_module(package)
-    versions = {"engine": name}
-    if name == "jit":
-        versions["isa"] = import_module(f"{_JIT}.compile").chosen().name
-    elif not os.environ.get("DSA_CPU_ENGINE"):
+    versions = {"engine": name, **_facts()}
+    if name != "jit" and not os.environ.get("DSA_CPU_ENGINE"):
         versions["jit"] = f"not used: {why_not_jit()}"
     versions |= {"python": platform.python_version(), **{p: version(p) for p in packages}}
     driver = f"{platform.system()} {platform.release()}"

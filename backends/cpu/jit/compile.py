@@ -46,6 +46,11 @@ def chosen() -> isa.Isa:
     return found
 
 
+def facts() -> dict[str, str]:
+    """What settings.probe tells of the engine."""
+    return {"isa": chosen().name}
+
+
 @cache
 def _features() -> frozenset[str]:
     if platform.machine().lower() not in ("x86_64", "amd64"):
