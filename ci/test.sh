@@ -2,6 +2,7 @@
 # The project's own tests: bash ci/test.sh [SUITE [pytest arguments]]
 #
 #   core    everything that needs no torch (the default)
+#   engines the engines of the CPU backend that core has no packages for: OpenVINO
 #   torch   tests/torch: tensors where arrays go and torch.library, on the CPU
 #   cuda    tests/cuda: the CUDA backend in Triton's interpreter, and its kernels compiled for chips that are not there
 #   ascend  tests/ascend: the Ascend backend over the real torch_npu, with neither CANN nor an NPU; needs gcc and binutils
@@ -14,6 +15,13 @@ case $suite in
   core)
     requirements=(--editable "$root[cpu,test]")
     tests=(--ignore tests/torch --ignore tests/cuda --ignore tests/ascend)
+    # A file at a time on each of two cores; BLAS threads of two processes would wait for each other.
+    tests+=(--numprocesses 2 --dist loadfile)
+    export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+    ;;
+  engines)
+    requirements=(--editable "$root[cpu,test,openvino]")
+    tests=(tests/test_openvino.py tests/test_cpu_backend.py -k openvino)
     ;;
   torch)
     requirements=(torch --editable "$root[cpu,test]")
@@ -34,7 +42,7 @@ case $suite in
     export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
     ;;
   *)
-    echo "$suite is no test suite, but core, torch, cuda and ascend are; name one of them." >&2
+    echo "$suite is no test suite, but core, engines, torch, cuda and ascend are; name one of them." >&2
     exit 2
     ;;
 esac
