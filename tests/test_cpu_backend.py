@@ -849,6 +849,13 @@ def test_memory_stays_within_the_budget(engine: str, budget: int, call: tuple[An
 
 
 @needs_proc
+def test_a_long_context_stays_within_the_default_budget() -> None:
+    """512 rows over 131,072 keys: all their scores would take 268 MB, and those of single heads 17 GB."""
+    default = "onnx" if settings.why_not_jit() else "jit"
+    assert scratch(default, settings.DEFAULT_MEMORY, "index", 512, 131_072, 64, 128) < settings.DEFAULT_MEMORY + ALLOWANCE
+
+
+@needs_proc
 @pytest.mark.parametrize("call", [("index", 16, 131_072, 32, 32), BUDGETS[2][1]])
 def test_memory_beyond_the_budget_is_seen(call: tuple[Any, ...]) -> None:
     assert scratch("onnx", 64 * MEBI, *call, "unbounded") > 64 * MEBI + ALLOWANCE

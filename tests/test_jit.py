@@ -126,6 +126,23 @@ def test_bits_do_not_depend_on_threads_or_slices(instructions: str, monkeypatch:
     assert [a.tobytes() for a in again] == [indices.tobytes(), scores.tobytes()]
 
 
+def test_keys_that_are_appended_in_place_are_seen(instructions: str) -> None:
+    """Nothing of a cache is kept from one step to the next, so nothing of it can be stale."""
+    operands = index_operands("e4m3", 1, 400)
+    for seen in range(300, 303):
+        batch = Batch.of([1], [seen], cu_seqlens_k=np.array([0, seen], np.int32))
+        _, scores = lightning_index(**{**operands, "batch": batch}, topk=seen, return_scores=True, backend="cpu")
+        fresh = {**operands, "k": operands["k"].copy(), "batch": batch}
+        _, again = lightning_index(**fresh, topk=seen, return_scores=True, backend="cpu")
+        assert scores.tobytes() == again.tobytes()
+        operands["k"][seen - 1 : seen + 1] = operands["q"][0, :2]
+    _, scores = lightning_index(**{**operands, "batch": batch}, topk=seen, return_scores=True, backend="cpu")
+    assert (
+        scores[0, seen - 1]
+        == chain({**operands, "k": operands["q"][0, :1]} | {"k_scale": operands["k_scale"][[seen - 1]]})[0, 0]
+    )
+
+
 @pytest.mark.parametrize("size", [40, 1023, 1024, 5000])
 @pytest.mark.parametrize("kind", ["plain", "ties", "zeros", "odd", "small", "sorted"])
 def test_selection(instructions: str, size: int, kind: str) -> None:
@@ -332,6 +349,12 @@ def _neighbour(code: emit.Code, position: Any) -> Any:
     return _key(code, b.sub(position, b.zext(last, emit.I64)))
 
 
+def _last(code: emit.Code, lanes: Any) -> Any:
+    """The highest of the lanes."""
+    turned = code.call("llvm.bitreverse.i16", select.BITS, lanes)
+    return code.call("llvm.bitreverse.i16", select.BITS, code.b.and_(turned, code.b.neg(turned)))
+
+
 def _never(self: Any, h: Any, old: Any, new: Any) -> None:
     return None
 
@@ -349,6 +372,7 @@ def _of_the_neighbour(code: emit.Code, place: Any) -> None:
 PLANTED: tuple[tuple[str, Any, str, Any, Callable[[], None], str], ...] = (
     ("pairs in the other order", widen, "_write", _unswapped, _index_is_the_chain, "avx512-bf16"),
     ("a tile that reads its last key but one twice", score, "_key", _neighbour, _selftest_agrees, ""),
+    ("ties to the higher index", select, "_first", _last, _selects_signed_zeros, ""),
     ("-0.0 below 0.0", select, "_ranks", _signed, _selects_signed_zeros, ""),
     ("tiles as a neighbour configures them", tiles, "configure", _of_the_neighbour, _selftest_agrees, "amx"),
     ("sums not scaled to the new maximum", attend.Attend, "_rescale", _never, _attends, ""),

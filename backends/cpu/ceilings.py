@@ -12,8 +12,8 @@ from dsa_portable.backends.cpu import settings
 
 # A call, and the operations that it makes.
 Ceiling: TypeAlias = tuple[Callable[[], object], int]
-# Turns of a loop: some milliseconds.
-TURNS = 200_000
+# Turns of a loop: long enough for a system to have found a core for each thread.
+TURNS = 4_000_000
 # The product that the index is made of: so many rows of q, keys and dimensions.
 GEMM = (512, 1024, 128)
 

@@ -138,12 +138,17 @@ def _take(code: Code, scores: Value, seen: Value, start: Value, positions: Value
         wanted = b.and_(b.icmp_signed(">", code.value(needed, I64), I64(0)), b.icmp_unsigned("!=", equal, BITS(0)))
         with code.when(wanted), code.loop(0, LANES) as _:
             rest, have = code.value(ties, BITS), code.value(needed, I64)
-            lowest = b.select(b.icmp_signed(">", have, I64(0)), b.and_(rest, b.neg(rest)), BITS(0))
+            lowest = b.select(b.icmp_signed(">", have, I64(0)), _first(code, rest), BITS(0))
             b.store(b.or_(code.value(chosen, BITS), lowest), chosen)
             b.store(b.xor(rest, lowest), ties)
             b.store(b.sub(have, b.zext(b.icmp_unsigned("!=", lowest, BITS(0)), I64)), needed)
         mask = b.bitcast(code.value(chosen, BITS), ir.VectorType(ir.IntType(1), LANES))
         _pack(code, b.add(_lanes(code, i), code.splat(start)), mask, positions, taken)
+
+
+def _first(code: Code, lanes: Value) -> Value:
+    """The lowest of the lanes."""
+    return code.b.and_(lanes, code.b.neg(lanes))
 
 
 def _ranks(code: Code, scores: Value, i: Value, seen: Value) -> tuple[Value, Value]:
