@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is tested is what is told of a time, so one short round of each is enough."""
     monkeypatch.setattr(timing, "ROUNDS", 2)
     monkeypatch.setattr(timing, "SECONDS", 0.0)
+    monkeypatch.setattr(timing, "SETTLE", 0.0)
     monkeypatch.setattr(ceilings, "_of_numpy", lambda found: {"copy": (lambda: None, 8), "float32": (lambda: None, 8)})
 
 
@@ -88,6 +90,18 @@ def test_ceilings_that_cannot_be_measured_cost_nothing_else() -> None:
     found, missing = ceilings.measure(replace(cpu(), backend=replace(registry.load("cpu"), ceilings=broken)))
     assert set(found) == {"copy", "float32"}
     assert missing == {"those of backend 'cpu'": "ModuleNotFoundError: No module named 'onnx'"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone begins to count anew")
+def test_memory_is_what_a_call_takes_and_not_what_another_took() -> None:
+    def takes(size: int) -> int:
+        found = cpu().memory_of(lambda: np.ones(size, np.uint8).sum())
+        assert found is not None
+        return found
+
+    takes(200 << 20)
+    assert 50 << 20 <= takes(50 << 20) < 100 << 20
+    assert takes(1 << 10) < 10 << 20
 
 
 def test_every_bar_is_about_calls_that_are_timed() -> None:

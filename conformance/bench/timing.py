@@ -16,6 +16,7 @@ Call: TypeAlias = Callable[[], Any]
 ROUNDS = 5
 # Of one contender in one round: enough for a median, short enough for clocks to be the same for all of a round.
 SECONDS, REPEATS = 0.1, 20
+SETTLE = 0.05
 # About 2 ms of a GPU's clock.
 LEAD_CYCLES = 4_000_000
 # Data sets take turns until all of them together are twice the cache, within what memory and patience allow.
@@ -72,6 +73,8 @@ def in_turn(
         for name, ready in prepared.items():
             if name in found:
                 continue
+            if machine.is_host:  # threads of the contender before may still spin, and would take the cores of this one
+                time.sleep(SETTLE)
             try:
                 times = [seconds(ready.run) for _ in range(ready.repeats)]
             except Exception as exc:
