@@ -219,7 +219,7 @@ def test_scripts_parse(script: str) -> None:
 def test_an_unknown_suite_is_refused_with_the_known_ones() -> None:
     done = subprocess.run(["bash", ROOT / "ci/test.sh", "tpu"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "tpu is no test suite, but core, torch, cuda and ascend are; name one of them.\n"
+    assert done.stderr == "tpu is no test suite, but core, engines, torch, cuda and ascend are; name one of them.\n"
 
 
 @needs_bash
