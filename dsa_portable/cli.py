@@ -109,7 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--only", default="", metavar="TEXT", help="only workloads with this in their name")
     bench.add_argument("--peer", action="append", default=[], metavar="NAME", help="only this peer; may be repeated")
-    bench.add_argument("--curve", action="store_true", help="also what longer contexts cost, against dense attention")
+    bench.add_argument(
+        "--curve", "--plot", action="store_true", help="also what longer contexts cost against dense attention, drawn as SVG"
+    )
     bench.set_defaults(run=_bench)
 
     build = commands.add_parser("compile", help="build the CUDA backend's kernels for chips that are not there; runs nothing")

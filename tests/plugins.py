@@ -64,6 +64,8 @@ def environment(folder: Path, **variables: str) -> dict[str, str]:
     path = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     # ONNX Runtime would leave a file in TMPDIR and call home; BLAS threads of two processes would wait for each other.
     ours |= {"ORT_DISABLE_TELEMETRY": "1", "OPENBLAS_NUM_THREADS": "1"}
+    # The engine that a plain installation has, and whose files the planted faults are edits of.
+    ours |= {"DSA_CPU_ENGINE": "onnx"}
     return {**ours, "PYTHONPATH": os.pathsep.join(path), "TMPDIR": str(folder), **variables}
 
 

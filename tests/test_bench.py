@@ -362,6 +362,7 @@ def test_a_plot_is_well_formed_and_holds_every_point() -> None:
 
 
 def test_numbers_for_readers() -> None:
+    assert markdown.spread((1.0, 1.1, 0.9, 1.0, 1.0)) == "±10%"
     assert markdown.rate(2.26e14, "FLOP/s") == "226 TFLOP/s"
     assert markdown.rate(1.428e15, "FLOP/s") == "1,428 TFLOP/s"
     assert [markdown.duration(s) for s in (0.0104, 1.82e-4, 2.5)] == ["10.4 ms", "182 us", "2.5 s"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dsa_portable.conformance.bench.plot import svg
@@ -21,6 +21,11 @@ def rate(value: float, unit: str) -> str:
 def duration(seconds: float) -> str:
     """`10.4 ms`."""
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.3g} us"
+
+
+def spread(rounds: Sequence[float]) -> str:
+    """`±2%`: half of what the medians of the rounds span, of the middle one."""
+    return f"±{(max(rounds) - min(rounds)) / 2 / sorted(rounds)[len(rounds) // 2]:.0%}"
 
 
 def short(reason: str) -> str:
@@ -73,7 +78,7 @@ def text(report: Row) -> str:
         f"Evidence: {report['evidence_reason']}. {device['driver']}; {versions}; commit {commit}; {report['started']}; "
         f"`{report['command']}`.",
         f"The machine in the same run: {ceilings or 'not measured'}. A share is the time that the nearer ceiling would take, "
-        "over the time taken. Medians of five rounds, in which all contenders had their turns; on CUDA the device's own time, "
+        "over the time taken. Medians of five rounds, in which all contenders had their turns, and half of what the rounds span; on CUDA the device's own time, "
         "caches cold, decode in graphs. A peer's factor is its time over the backend's: above 1 the backend is faster.",
         *(f"Clocks {when}: {', '.join(f'{k} {v}' for k, v in clocks[when].items())}." for when in clocks if clocks[when]),
         *(f"Peer {name} was not there: {_cell(reason)}." for name, reason in report["peers_missing"].items()),
@@ -125,7 +130,7 @@ def _measured(row: Row) -> list[str]:
     if row["status"] != "OK":
         return [row["status"], short(row["reason"]), ""]
     share = "" if row["share"] is None else f"{row['share']:.0%} of {row['ceiling']}"
-    return [duration(row["seconds"]), rate(row["rate"], row["unit"]), share]
+    return [f"{duration(row['seconds'])} {spread(row['rounds'])}", rate(row["rate"], row["unit"]), share]
 
 
 def _peer(peer: Row | None) -> str:
