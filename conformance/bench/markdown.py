@@ -78,8 +78,9 @@ def text(report: Row) -> str:
         f"Evidence: {report['evidence_reason']}. {device['driver']}; {versions}; commit {commit}; {report['started']}; "
         f"`{report['command']}`.",
         f"The machine in the same run: {ceilings or 'not measured'}. A share is the time that the nearer ceiling would take, "
-        "over the time taken. Medians of five rounds, in which all contenders had their turns, and half of what the rounds span; on CUDA the device's own time, "
-        "caches cold, decode in graphs. A peer's factor is its time over the backend's: above 1 the backend is faster.",
+        "over the time taken. Medians of five rounds, in which all contenders had their turns, with half of what they span; on "
+        "CUDA the device's own time, caches cold, decode in graphs. A peer's factor is its time over the backend's: above 1 the "
+        "backend is faster.",
         *(f"Clocks {when}: {', '.join(f'{k} {v}' for k, v in clocks[when].items())}." for when in clocks if clocks[when]),
         *(f"Peer {name} was not there: {_cell(reason)}." for name, reason in report["peers_missing"].items()),
         _rates(report["rows"]),
