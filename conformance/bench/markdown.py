@@ -79,8 +79,8 @@ def text(report: Row) -> str:
         f"`{report['command']}`.",
         f"The machine in the same run: {ceilings or 'not measured'}. A share is the time that the nearer ceiling would take, "
         "over the time taken. Medians of five rounds, in which all contenders had their turns, with half of what they span; on "
-        "CUDA the device's own time, caches cold, decode in graphs. A peer's factor is its time over the backend's: above 1 the "
-        "backend is faster.",
+        "CUDA the device's own time, caches cold, decode in graphs. A peer's factor is its time over the backend's: above 1 "
+        "the backend is faster.",
         *(f"Clocks {when}: {', '.join(f'{k} {v}' for k, v in clocks[when].items())}." for when in clocks if clocks[when]),
         *(f"Peer {name} was not there: {_cell(reason)}." for name, reason in report["peers_missing"].items()),
         _rates(report["rows"]),
