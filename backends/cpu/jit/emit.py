@@ -14,7 +14,7 @@ from llvmlite import ir
 
 Value: TypeAlias = Any  # llvmlite is not typed
 
-I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32, PTR, VOID = ir.HalfType(), ir.FloatType(), ir.PointerType(), ir.VoidType()
 LANES = 16
 V, VI = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
@@ -119,10 +119,6 @@ class Code:
         for term in terms[1:]:
             total = self.b.add(total, number(term))
         return total
-
-    def product(self, left: Value, right: Value) -> Value:
-        """Of i64."""
-        return self.b.mul(number(left), number(right))
 
     def least(self, left: Value, right: Value) -> Value:
         """The smaller i64."""

@@ -15,7 +15,7 @@ from dsa_portable.backends.cpu.jit.emit import F32, I32, I64, LANES, PAIRS, PTR,
 from dsa_portable.backends.cpu.jit.isa import Isa
 from dsa_portable.backends.cpu.jit.kernels import tiles, widen
 
-# Keys of a tile: as bfloat16 they fill a sixteenth of a second-level cache.
+# Keys of a tile: as bfloat16, 128 numbers a key, they fill a sixteenth of a second-level cache of 1 MiB.
 TILE = 256
 # Keys whose sums over heads are made side by side, and whose dot products.
 GROUP, KEYS = 16, 4
@@ -30,7 +30,7 @@ ARGUMENTS = {
     "pages": PTR,  # addresses of pages; position p is row p % page_size of page p / page_size
     "page_size": I64,
     "k_row": I64,  # bytes from key to key
-    "scales": PTR,  # float32 of the positions from `first` on, sixteen more than there are
+    "scales": PTR,  # float32 of the positions from `first` on, BATCH more than there are
     "rows": I64,
     "heads": I64,
     "dim": I64,
@@ -38,7 +38,7 @@ ARGUMENTS = {
     "last": I64,
     "starts": PTR,  # int32 [rows]: what each row sees of them
     "ends": PTR,
-    "scores": PTR,  # float32 [rows, columns], of the positions from `first` on
+    "scores": PTR,  # float32 [rows, columns], of the positions from `first` on, and BATCH more
     "columns": I64,
     "scratch": PTR,
 }
