@@ -42,8 +42,11 @@ class Profiler:
         self.activity = names.get(self.kind.upper(), names.get(OTHER))
         if self.kind == "cpu" or self.activity not in profiler.supported_activities():
             return None
-        with self.counting() as counted:
-            self.torch.ones(1024, device=self.kind).add_(1).cpu()
+        try:
+            with self.counting() as counted:
+                self.torch.ones(1024, device=self.kind).add_(1).cpu()
+        except Exception:  # a vendor's profiler without its libraries, as torch_npu's raises where CANN is not whole
+            return None
         return self.activity if counted.kernels else None
 
     @contextmanager
